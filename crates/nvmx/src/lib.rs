@@ -1,0 +1,3 @@
+//! The nested VT-x engine.
+#![no_std]
+#![forbid(unsafe_code)]

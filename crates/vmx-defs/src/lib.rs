@@ -1,0 +1,3 @@
+//! What exists in Intel VT-x.
+#![no_std]
+#![forbid(unsafe_code)]

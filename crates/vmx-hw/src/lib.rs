@@ -1,0 +1,2 @@
+//! The VMX instructions.
+#![no_std]

@@ -1,0 +1,2 @@
+//! The L1 test hypervisor.
+#![no_std]
