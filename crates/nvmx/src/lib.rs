@@ -1,3 +1,21 @@
-//! The nested VT-x engine.
+//! Nested VT-x: the engine that lets a guest be a hypervisor.
+//!
+//! A hypervisor on bare VT-x (L0) embeds this library, hands it the VM exits that concern nested
+//! virtualization, and implements the traits of [`host`]. The engine keeps L1's VMCSs ([`vmcs12`]),
+//! builds the one that the processor runs L2 with, folds L1's EPT into shadow EPT, routes
+//! L2's exits, and emulates VMFUNC.
+//!
+//! Nothing in it panics on any input of a guest; it has no `unsafe` and needs `alloc` only when a
+//! virtual machine is created.
 #![no_std]
 #![forbid(unsafe_code)]
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+extern crate alloc;
+
+pub mod host;
+pub mod regs;
+pub mod vmcs12;
+
+pub use host::{Host, HostError, HostResult};
+pub use regs::Gprs;
