@@ -6,10 +6,5 @@
 //! VMfailInvalid, VMfailValid).
 #![no_std]
 
-#[cfg(feature = "engine")]
-mod cpu;
 mod instructions;
-
-#[cfg(feature = "engine")]
-pub use cpu::Cpu;
 pub use instructions::*;

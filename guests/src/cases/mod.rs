@@ -1,0 +1,8 @@
+//! Answers: which cases are there? A file adds itself here.
+
+use crate::suite::Case;
+
+pub mod harness;
+
+/// Every case, file by file, in the order they run.
+pub const ALL: &[&[Case]] = &[harness::CASES];
