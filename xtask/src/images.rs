@@ -1,0 +1,63 @@
+//! How do the freestanding images come to be? The stock toolchain, with flags of their own.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::workspace::Workspace;
+
+/// The images, named as their binaries (the hypervisor, then the L1s), each with its package.
+const IMAGES: [(&str, &str); 4] = [
+    (HYPERVISOR, "nvmx-hv"),
+    ("l1-conformance", "nvmx-guests"),
+    ("l1-bench", "nvmx-guests"),
+    (DEMO, "nvmx-guests"),
+];
+
+/// The hypervisor's image.
+pub(crate) const HYPERVISOR: &str = "nvmx-hv";
+
+/// The L1 that shows what nvmx does.
+pub(crate) const DEMO: &str = "l1-demo";
+
+/// The images' target. It is the host's own, but naming it keeps the flags from build scripts.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What code needs that runs without a system under it: fixed addresses, and a stack that an
+/// interrupt may use. The link arguments come from each image's build script.
+const RUSTFLAGS: [&str; 4] = ["-C", "relocation-model=static", "-C", "no-redzone=yes"];
+
+/// Builds all images into the images folder.
+pub(crate) fn build_all(workspace: &Workspace) -> Result<()> {
+    build(workspace, &IMAGES)
+}
+
+/// Builds the hypervisor only, for an L1 that comes from elsewhere.
+pub(crate) fn build_hypervisor(workspace: &Workspace) -> Result<()> {
+    build(workspace, &IMAGES[..1])
+}
+
+fn build(workspace: &Workspace, images: &[(&str, &str)]) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--profile=image", "--target", TARGET]);
+    for (image, package) in images {
+        cargo.args(["--package", package, "--bin", image]);
+    }
+    // One variable with separators, which beats every other place where flags may be set.
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"));
+    let status = cargo.status().context("cannot run cargo")?;
+    ensure!(status.success(), "building the images failed");
+
+    let folder = workspace.images();
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let built: PathBuf = workspace.target.join(TARGET).join("image");
+    for (image, _) in images {
+        let from = built.join(image);
+        let to = workspace.image(image);
+        // Renamed into place, so that a run that reads the old image meanwhile reads it whole.
+        let new = folder.join(format!(".{image}.new"));
+        fs::copy(&from, &new).with_context(|| format!("no image {}", from.display()))?;
+        fs::rename(&new, &to).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    Ok(())
+}
