@@ -1,2 +1,0 @@
-//! The hypervisor.
-#![no_std]

@@ -1,0 +1,153 @@
+//! What does each processor own in L0? Its descriptor tables, its task state with a stack for each
+//! way an exception can come, and the flags other parts of L0 leave for it. GS points at it.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use core::arch::asm;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use crate::trap;
+
+/// Selector of L0's 64-bit code.
+pub(crate) const CODE: u16 = 0x08;
+/// Selector of L0's data.
+pub(crate) const DATA: u16 = 0x10;
+/// Selector of the task state.
+pub(crate) const TASK: u16 = 0x18;
+
+/// Bytes of a stack that an interrupt-stack-table entry points at.
+const TRAP_STACK: usize = 16 * 1024;
+const TRAP_STACKS: usize = 4;
+
+/// The 64-bit task-state segment (SDM "64-bit Mode TSS"): only its interrupt stack table is used.
+#[repr(C, packed(4))]
+#[derive(Clone, Copy, Debug)]
+struct TaskState {
+    reserved0: u32,
+    rsp: [u64; 3],
+    reserved1: u64,
+    ist: [u64; 7],
+    reserved2: u64,
+    reserved3: u16,
+    io_map: u16,
+}
+
+/// What one processor owns. The assembly reaches the first fields through GS.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Processor {
+    /// An NMI came while L0 ran, and is owed to L1. At GS:0.
+    nmi_owed: AtomicU32,
+    /// Which processor this is, counting from 0 in the order they were started.
+    pub(crate) index: u32,
+    descriptors: [u64; 5],
+    task: TaskState,
+}
+
+/// Layout that LGDT and LIDT read.
+#[repr(C, packed)]
+struct TablePointer {
+    limit: u16,
+    base: u64,
+}
+
+impl Processor {
+    /// Makes processor `index`'s tables and stacks, which live for ever.
+    pub(crate) fn new(index: u32) -> &'static mut Self {
+        let mut ist = [0; 7];
+        for entry in ist.iter_mut().take(TRAP_STACKS) {
+            let stack = Box::leak(vec![0_u128; TRAP_STACK / 16].into_boxed_slice());
+            *entry = stack.as_ptr_range().end as u64;
+        }
+        let task = TaskState {
+            reserved0: 0,
+            rsp: [0; 3],
+            reserved1: 0,
+            ist,
+            reserved2: 0,
+            reserved3: 0,
+            io_map: size_of::<TaskState>() as u16,
+        };
+        let processor = Box::leak(Box::new(Self {
+            nmi_owed: AtomicU32::new(0),
+            index,
+            descriptors: [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0, 0],
+            task,
+        }));
+        let base = &raw const processor.task as u64;
+        // An available 64-bit TSS: type 9, present.
+        processor.descriptors[3] = (size_of::<TaskState>() as u64 - 1)
+            | (base & 0x00FF_FFFF) << 16
+            | 0x89 << 40
+            | (base >> 24 & 0xFF) << 56;
+        processor.descriptors[4] = base >> 32;
+        processor
+    }
+
+    /// The structure of the processor that runs this.
+    pub(crate) fn current() -> &'static Self {
+        // SAFETY: `load` put the address of a structure that lives for ever there, and every VM
+        // exit restores it.
+        unsafe { &*(crate::msr::read(crate::msr::GS_BASE) as *const Self) }
+    }
+
+    /// Linear address of the descriptor table.
+    pub(crate) fn gdt_base(&self) -> u64 {
+        self.descriptors.as_ptr() as u64
+    }
+
+    /// Linear address of the task state.
+    pub(crate) fn task_base(&self) -> u64 {
+        &raw const self.task as u64
+    }
+
+    /// Loads the tables, and GS with this structure's address.
+    ///
+    /// # Safety
+    /// On the processor that owns the structure, once.
+    pub(crate) unsafe fn load(&'static self) {
+        let gdt = TablePointer {
+            limit: (size_of_val(&self.descriptors) - 1) as u16,
+            base: self.gdt_base(),
+        };
+        let idt = TablePointer { limit: trap::IDT_LIMIT, base: trap::idt_base() };
+        // SAFETY: the tables live for ever, the code descriptor describes the running code, and
+        // each gate's stack is in the task state.
+        unsafe {
+            asm!(
+                "lgdt [{gdt}]",
+                "push {code}",
+                "lea {scratch}, [rip + 2f]",
+                "push {scratch}",
+                "retfq",
+                "2:",
+                "mov ds, {data:e}",
+                "mov es, {data:e}",
+                "mov ss, {data:e}",
+                "mov fs, {zero:e}",
+                "mov gs, {zero:e}",
+                "ltr {task:x}",
+                "lidt [{idt}]",
+                gdt = in(reg) &raw const gdt,
+                idt = in(reg) &raw const idt,
+                code = in(reg) u64::from(CODE),
+                data = in(reg) u32::from(DATA),
+                zero = in(reg) 0_u32,
+                task = in(reg) TASK,
+                scratch = out(reg) _,
+            );
+        }
+        // SAFETY: L0 uses GS for nothing else.
+        unsafe { crate::msr::write(crate::msr::GS_BASE, &raw const *self as u64) };
+    }
+
+    /// Records that an NMI came while L0 ran.
+    pub(crate) fn owe_nmi(&self) {
+        self.nmi_owed.store(1, Ordering::Relaxed);
+    }
+
+    /// Takes the NMI owed to L1, if there is one.
+    pub(crate) fn take_owed_nmi(&self) -> bool {
+        self.nmi_owed.swap(0, Ordering::Relaxed) != 0
+    }
+}
