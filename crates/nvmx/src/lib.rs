@@ -13,6 +13,7 @@
 
 extern crate alloc;
 
+pub mod caps;
 pub mod host;
 pub mod regs;
 pub mod vmcs12;
