@@ -19,3 +19,4 @@ pub mod serial;
 pub mod single;
 pub mod suite;
 pub mod traps;
+pub mod vmx;

@@ -5,7 +5,7 @@ use x86_64::registers::{
     model_specific::Msr,
 };
 
-use crate::{gdt, traps};
+use crate::{gdt, traps, vmx};
 
 const IA32_EFER: u32 = 0xC000_0080;
 
@@ -31,6 +31,7 @@ impl State {
 
     /// Puts it back, after leaving VMX operation.
     pub fn restore(&self) {
+        vmx::leave();
         // SAFETY: these are the values that the program ran with before the case.
         unsafe {
             Msr::new(IA32_EFER).write(self.efer);

@@ -36,6 +36,13 @@ fn image_end() -> u64 {
 pub struct Page(u64);
 
 impl Page {
+    /// The page at `address`, which came from [`address`](Self::address): from an entry of a table
+    /// that this program filled.
+    pub fn at(address: u64) -> Self {
+        assert!(address.is_multiple_of(PAGE) && address >= image_end() && address < TOP);
+        Self(address)
+    }
+
     /// Its physical address, which is also its linear address.
     pub const fn address(self) -> u64 {
         self.0

@@ -3,6 +3,7 @@
 use crate::suite::Case;
 
 pub mod harness;
+pub mod l2;
 
 /// Every case, file by file, in the order they run.
-pub const ALL: &[&[Case]] = &[harness::CASES];
+pub const ALL: &[&[Case]] = &[harness::CASES, l2::CASES];
