@@ -10,6 +10,7 @@ pub mod boot;
 pub mod cases;
 pub mod gdt;
 pub mod machine;
+pub mod measure;
 pub mod memory;
 pub mod multiboot;
 pub mod power;

@@ -192,6 +192,24 @@ pub fn run(info: &multiboot::Info, files: &[&[Case]]) -> bool {
     failed == 0
 }
 
+/// Runs one program of another kind (the demonstration, the benchmark) as a case is run, prints
+/// `NAME: done` or `NAME: failed: REASON` at its end, and tells whether it passed.
+pub fn run_program(
+    info: &multiboot::Info,
+    name: &'static str,
+    run: fn(&mut Ctx<'_>) -> Verdict,
+) -> bool {
+    let mut arena = Arena::new(info);
+    match run_one(&Case { name, run }, &mut Ctx { arena: &mut arena, number: 0 }) {
+        Ok(()) => crate::println!("{name}: done"),
+        Err(Stop::Failed(reason) | Stop::Skipped(reason)) => {
+            crate::println!("{name}: failed: {reason}");
+            return false;
+        }
+    }
+    true
+}
+
 fn run_one(case: &Case, ctx: &mut Ctx<'_>) -> Verdict {
     let state = machine::State::save();
     let caught = catch(|| (case.run)(ctx));

@@ -1,10 +1,32 @@
-//! The benchmark: what a switch and an exit cost, in instructions.
+//! The benchmark: what a VMFUNC switch and a VM exit cost, in instructions.
 #![cfg_attr(image, no_std, no_main)]
 
-use nvmx_guests::multiboot;
+use nvmx_guests::{
+    measure, multiboot, println,
+    suite::{self, Ctx, Verdict},
+    vmx::Vmx,
+};
 
-fn program(_: &'static multiboot::Info) -> bool {
-    false
+/// Switches of one measurement.
+const SWITCHES: u64 = 4096;
+/// VMCALLs of one measurement.
+const TRIPS: u64 = 1000;
+
+fn measurements(ctx: &mut Ctx<'_>) -> Verdict {
+    let vmx = Vmx::on(ctx)?;
+    for count in [2, 64, 512] {
+        let (mut vm, views) = measure::with_views(ctx, &vmx, count)?;
+        let cost = measure::switch_and_load(&mut vm, &views, SWITCHES)?;
+        println!("bench: switch_{count} {cost}");
+    }
+    let (mut vm, _) = measure::with_views(ctx, &vmx, 2)?;
+    let cost = measure::vmcall_round_trip(&mut vm, TRIPS)?;
+    println!("bench: vmcall_round_trip {cost}");
+    Ok(())
 }
 
-nvmx_guests::entry_point!(program);
+fn bench(info: &'static multiboot::Info) -> bool {
+    suite::run_program(info, "bench", measurements)
+}
+
+nvmx_guests::entry_point!(bench);
