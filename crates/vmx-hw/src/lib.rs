@@ -6,5 +6,10 @@
 //! VMfailInvalid, VMfailValid).
 #![no_std]
 
+#[cfg(feature = "engine")]
+mod cpu;
 mod instructions;
+
+#[cfg(feature = "engine")]
+pub use cpu::Cpu;
 pub use instructions::*;

@@ -1,0 +1,13 @@
+//! How does an address of L2 become a real one?
+//!
+//! [`walk`](walk()) reads L1's EPT (EPT12); [`Shadow`] composes it with EPT01 into the shadow EPT
+//! (EPT02) that the processor runs L2 on, one root for each EPTP value.
+
+mod pool;
+mod role;
+mod shadow;
+mod walk;
+
+pub use pool::Epoch;
+pub use shadow::{Resolution, Shadow, ShadowCounters};
+pub use walk::{Path, Step, Walk, WalkRules, walk};

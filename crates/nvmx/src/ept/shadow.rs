@@ -1,0 +1,800 @@
+//! How is a shadow EPT composed from L1's EPT and EPT01, and kept within what a TLB may hold?
+//!
+//! Shadow tables are shared between roots as L1 shares its tables: a table is found by the L1 page
+//! it shadows, its level and its role. Nothing of EPT12 is write-protected. Growth is found by EPT
+//! violation, reduction takes effect at L1's INVEPT, which composes every live entry anew from L1's
+//! tables and stores what differs. A shadow entry is a pure function of one L1 entry and of EPT01,
+//! so that comparing a fresh composition with what stands there says all a snapshot could.
+
+use super::pool::{Epoch, Pool, Table, TableId, TableKey, mix};
+use super::role::Role;
+use super::walk::{Path, Step, Walk, WalkRules, index, qualification, shift, walk, wanted};
+use crate::host::{ENTRIES, Host, HostError, HostResult, InvEpt, L1Memory};
+use alloc::vec::Vec;
+use hashbrown::HashTable;
+use vmx_defs::ept::{EptEntry, EptEntryClass, EptPermissions, EptViolation, Eptp, memory_type};
+use vmx_defs::{Hpa, L1Gpa, L2Gpa};
+
+/// An empty shadow entry: nothing is mapped, and #VE is suppressed, since L1 has not said that it
+/// wants one (SDM Vol. 3C, "Convertible EPT Violations").
+const EMPTY: u64 = 1 << 63;
+
+/// Entries composed around a faulting one in a table that was there already. A fresh table is
+/// composed whole.
+const WINDOW: usize = 16;
+
+/// A fill takes at most three tables below the root and two for a split page.
+const FRAMES_PER_FILL: usize = 5;
+
+/// How often a walk starts again because L1 changed an entry while its flags were being set. After
+/// that L2 runs on and meets the violation again.
+const WALK_RETRIES: u32 = 8;
+
+/// What became of an EPT violation or misconfiguration of L2.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Resolution {
+    /// The shadow EPT now maps the address: L2 goes on.
+    Filled,
+    /// L1's own tables deny the access: this is the qualification that L1 gets.
+    Violation(EptViolation),
+    /// L1's own tables are misconfigured.
+    Misconfiguration,
+    /// L1's tables allow the access, but EPT01 denies it: L0's own memory.
+    Hidden,
+}
+
+/// Counts of what the shadow MMU did, for the counters of the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ShadowCounters {
+    /// EPT violations answered by composing entries.
+    pub fills: u64,
+    /// Shadow entries composed.
+    pub entries: u64,
+    /// Roots built.
+    pub roots_built: u64,
+    /// Roots given up.
+    pub roots_dropped: u64,
+    /// INVEPT instructions executed by the engine.
+    pub invepts: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct RootId(u32);
+
+#[derive(Clone, Copy, Debug)]
+struct Root {
+    eptp12: Eptp,
+    table: TableId,
+    eptp02: Eptp,
+    used: u64,
+}
+
+/// What the shadow MMU knows of a processor.
+#[derive(Clone, Copy, Debug, Default)]
+struct Processor {
+    /// The root that L2 runs on, while it does.
+    root: Option<RootId>,
+    /// The last epoch whose flush it has done.
+    epoch: Epoch,
+}
+
+/// The shadow MMU of one virtual machine: all of its roots and tables.
+#[derive(Debug)]
+pub struct Shadow {
+    rules: WalkRules,
+    pool: Pool,
+    roots: Vec<Option<Root>>,
+    free_roots: Vec<u32>,
+    root_index: HashTable<u32>,
+    processors: Vec<Processor>,
+    clock: u64,
+    counters: ShadowCounters,
+}
+
+enum Composed {
+    /// The value for this level.
+    Entry(u64),
+    /// EPT01 does not map the whole page alike: this entry, at a smaller size.
+    Split(EptEntry),
+}
+
+impl Shadow {
+    /// A shadow MMU on the `frames` frames from `base` on, which no guest can reach and which hold
+    /// nothing else, with at most `roots` roots, for `processors` processors.
+    pub fn new(rules: WalkRules, base: Hpa, frames: u32, roots: u32, processors: usize) -> Self {
+        let count = roots as usize;
+        Self {
+            rules,
+            pool: Pool::new(base, frames),
+            roots: alloc::vec![None; count],
+            free_roots: (0..roots).rev().collect(),
+            root_index: HashTable::with_capacity(count),
+            processors: alloc::vec![Processor::default(); processors],
+            clock: 0,
+            counters: ShadowCounters::default(),
+        }
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> ShadowCounters {
+        self.counters
+    }
+
+    /// Number of table frames in use, and of roots.
+    pub fn usage(&self) -> (usize, usize) {
+        let tables = self.pool.capacity() - self.pool.available() - self.pool.waiting();
+        (tables, self.roots.len() - self.free_roots.len())
+    }
+
+    fn root(&self, id: RootId) -> Option<Root> {
+        self.roots.get(id.0 as usize).copied().flatten()
+    }
+
+    #[inline]
+    fn find_root(&self, eptp: Eptp) -> Option<RootId> {
+        let same = |id: &u32| {
+            self.roots
+                .get(*id as usize)
+                .is_some_and(|root| root.as_ref().is_some_and(|root| root.eptp12 == eptp))
+        };
+        self.root_index.find(mix(eptp.into_bits()), same).map(|id| RootId(*id))
+    }
+
+    fn current(&self, processor: usize) -> Option<Root> {
+        self.processors.get(processor)?.root.and_then(|id| self.root(id))
+    }
+
+    /// The one place where a processor comes to run on another root: L1's VM entry and L2's VMFUNC
+    /// both end here (S1). Finds the root of this EPTP value or begins one; discards none (S2).
+    /// Returns the EPTP for the processor.
+    ///
+    /// # Errors
+    /// [`HostError`] of the flush that a reclaim may need.
+    #[inline]
+    pub fn switch(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        eptp: Eptp,
+    ) -> HostResult<Eptp> {
+        self.clock += 1;
+        let id = match self.find_root(eptp) {
+            Some(id) => id,
+            None => self.build_root(host, processor, eptp)?,
+        };
+        let clock = self.clock;
+        let root = self
+            .roots
+            .get_mut(id.0 as usize)
+            .and_then(Option::as_mut)
+            .ok_or(HostError::WrongState)?;
+        root.used = clock;
+        let eptp02 = root.eptp02;
+        self.processors.get_mut(processor).ok_or(HostError::WrongState)?.root = Some(id);
+        Ok(eptp02)
+    }
+
+    #[cold]
+    fn build_root(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        eptp: Eptp,
+    ) -> HostResult<RootId> {
+        if self.free_roots.is_empty() {
+            self.drop_oldest(host);
+        }
+        if !self.reserve(host, processor, 1)? {
+            return Err(HostError::OutOfFrames);
+        }
+        let key = TableKey { l1: L1Gpa::new(eptp.table()), level: 4, role: Role::root(eptp) };
+        let table = self.pool.take(key).ok_or(HostError::OutOfFrames)?;
+        host.fill(self.pool.hpa(table), EMPTY);
+        self.retain(table);
+        let id = self.free_roots.pop().ok_or(HostError::OutOfFrames)?;
+        // Structures are ours and write-back; bit 6 is L1's, since it makes guest page walks count
+        // as writes.
+        let eptp02 = Eptp::new()
+            .with_memory_type(memory_type::WB)
+            .with_walk_length_minus_1(3)
+            .with_accessed_dirty(eptp.accessed_dirty())
+            .with_frame(self.pool.hpa(table).as_u64() >> 12);
+        if let Some(slot) = self.roots.get_mut(id as usize) {
+            *slot = Some(Root { eptp12: eptp, table, eptp02, used: self.clock });
+        }
+        let roots = &self.roots;
+        let rehash = |id: &u32| match roots.get(*id as usize) {
+            Some(Some(root)) => mix(root.eptp12.into_bits()),
+            _ => 0,
+        };
+        self.root_index.insert_unique(mix(eptp.into_bits()), id, rehash);
+        self.counters.roots_built += 1;
+        Ok(RootId(id))
+    }
+
+    /// To be called before each VM entry into L2 on a shadow root: does the flush that a reclaim
+    /// asked for since this processor last did one.
+    ///
+    /// # Errors
+    /// [`HostError::InvEpt`].
+    #[inline]
+    pub fn flush_if_asked(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
+        let epoch = self.pool.epoch();
+        let state = self.processors.get_mut(processor).ok_or(HostError::WrongState)?;
+        if state.epoch != epoch {
+            state.epoch = epoch;
+            self.counters.invepts += 1;
+            host.invept(InvEpt::All)?;
+        }
+        Ok(())
+    }
+
+    /// The processor runs L2 no longer: its root may be reclaimed.
+    #[inline]
+    pub fn leave(&mut self, processor: usize) {
+        if let Some(state) = self.processors.get_mut(processor) {
+            state.root = None;
+        }
+    }
+
+    /// Answers an EPT violation or misconfiguration that L2 met on the shadow EPT.
+    ///
+    /// # Errors
+    /// [`HostError::WrongState`] where the processor runs on no root; those of INVEPT.
+    pub fn violation(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        gpa: L2Gpa,
+        hardware: EptViolation,
+    ) -> HostResult<Resolution> {
+        let root = self.current(processor).ok_or(HostError::WrongState)?;
+        let flags = root.eptp12.accessed_dirty();
+        let wanted = wanted(hardware, flags);
+        if !gpa.fits(48) {
+            // A 4-level EPT translates 48 bits.
+            let none = EptPermissions::empty();
+            return Ok(Resolution::Violation(qualification(hardware, none, flags)));
+        }
+        for _ in 0..WALK_RETRIES {
+            let path = match walk(host, self.rules, root.eptp12, gpa) {
+                Walk::Page(path) if path.permissions().contains(wanted) => path,
+                Walk::Page(path) | Walk::NotPresent(path) => {
+                    self.forget(host, root.eptp12, gpa)?;
+                    let told = qualification(hardware, path.permissions(), flags);
+                    return Ok(Resolution::Violation(told));
+                }
+                Walk::Misconfigured(_) => {
+                    self.forget(host, root.eptp12, gpa)?;
+                    return Ok(Resolution::Misconfiguration);
+                }
+            };
+            let write = wanted.contains(EptPermissions::WRITE);
+            let Some(path) = (if flags { set_flags(host, &path, write) } else { Some(path) })
+            else {
+                continue;
+            };
+            if !self.reserve(host, processor, FRAMES_PER_FILL)? {
+                // Every frame waits for another processor's flush. L2 meets the violation again.
+                return Ok(Resolution::Filled);
+            }
+            self.counters.fills += 1;
+            let rights = self.fill(host, root.table, &path, gpa)?;
+            return Ok(if rights.contains(wanted) {
+                Resolution::Filled
+            } else {
+                Resolution::Hidden
+            });
+        }
+        Ok(Resolution::Filled)
+    }
+
+    /// Composes the entries of `path` into the tables below `table`; returns the rights that the
+    /// leaf got there. The caller has reserved the frames.
+    fn fill(
+        &mut self,
+        host: &mut impl Host,
+        mut table: TableId,
+        path: &Path,
+        gpa: L2Gpa,
+    ) -> HostResult<EptPermissions> {
+        let mut level = 4;
+        let mut role = self.role(table);
+        let Some((leaf, ways)) = path.steps().split_last() else {
+            return Err(HostError::WrongState);
+        };
+        let mut fresh = false;
+        for step in ways {
+            role = role.child();
+            let key = TableKey { l1: L1Gpa::new(step.entry.address()), level: level - 1, role };
+            (table, fresh) =
+                self.link(host, table, index(gpa, level), key, step.entry.permissions(), level)?;
+            level -= 1;
+        }
+        if level == 1 {
+            self.fill_around(host, table, *leaf, fresh, role);
+        }
+        let mut entry = leaf.entry;
+        let mut page = L1Gpa::new(entry.address());
+        loop {
+            let at = index(gpa, level);
+            match compose(host, entry, page, level, role.accessed_dirty()) {
+                Composed::Entry(value) => {
+                    self.set(host, table, at, level, value);
+                    return Ok(EptEntry::from(value).permissions());
+                }
+                Composed::Split(whole) => {
+                    let role = role.split(whole);
+                    let key = TableKey { l1: page, level: level - 1, role };
+                    (table, fresh) =
+                        self.link(host, table, at, key, EptPermissions::all(), level)?;
+                    level -= 1;
+                    let within = (index(gpa, level) as u64) << shift(level);
+                    if fresh && level == 1 {
+                        self.fill_split(host, table, page, whole);
+                    }
+                    page = L1Gpa::new(page.as_u64() | within);
+                    // Flags were judged for the page as a whole.
+                    entry = whole.with_accessed(true).with_dirty(true);
+                }
+            }
+        }
+    }
+
+    /// Composes the neighbours of a leaf entry: of a fresh table all, else a window. Entries that
+    /// hold something are left alone: a TLB may keep them.
+    fn fill_around(
+        &mut self,
+        host: &mut impl Host,
+        table: TableId,
+        leaf: Step,
+        fresh: bool,
+        role: Role,
+    ) {
+        let own = (leaf.at.page_offset() >> 3) as usize;
+        let range =
+            if fresh { 0..ENTRIES } else { own / WINDOW * WINDOW..(own / WINDOW + 1) * WINDOW };
+        let base = leaf.at.page();
+        let hpa = self.pool.hpa(table);
+        let mut live = self.pool.get(table).map_or([u64::MAX; 8], |table| table.live);
+        for at in range {
+            let (Some(word), bit) = (live.get_mut(at / 64), 1 << (at % 64)) else { continue };
+            if *word & bit != 0 || at == own {
+                continue;
+            }
+            let Some(gpa) = base.checked_add(8 * at as u64) else { continue };
+            let entry = EptEntry::from(host.read_u64(gpa));
+            if entry.classify(1, self.rules.caps, self.rules.physical_width) != EptEntryClass::Page
+            {
+                continue;
+            }
+            let page = L1Gpa::new(entry.address());
+            if let Composed::Entry(value) = compose(host, entry, page, 1, role.accessed_dirty())
+                && value != EMPTY
+            {
+                *word |= bit;
+                self.counters.entries += 1;
+                host.store(hpa, at, value);
+            }
+        }
+        if let Some(table) = self.pool.get_mut(table) {
+            table.live = live;
+        }
+    }
+
+    /// Composes all entries of a split page's lowest table.
+    fn fill_split(&mut self, host: &mut impl Host, table: TableId, page: L1Gpa, whole: EptEntry) {
+        let entry = whole.with_accessed(true).with_dirty(true);
+        for at in 0..ENTRIES {
+            let Some(page) = page.checked_add((at as u64) << 12) else { return };
+            if let Composed::Entry(value) = compose(host, entry, page, 1, false) {
+                self.set(host, table, at, 1, value);
+            }
+        }
+    }
+
+    /// Makes entry `at` of `table` point to the table of `key`, which is found or begun. Returns
+    /// that table, and whether it was begun.
+    fn link(
+        &mut self,
+        host: &mut impl Host,
+        table: TableId,
+        at: usize,
+        key: TableKey,
+        rights: EptPermissions,
+        level: u8,
+    ) -> HostResult<(TableId, bool)> {
+        let (child, fresh) = match self.pool.find(key) {
+            Some(child) => (child, false),
+            None => {
+                let child = self.pool.take(key).ok_or(HostError::OutOfFrames)?;
+                host.fill(self.pool.hpa(child), EMPTY);
+                (child, true)
+            }
+        };
+        let value = pointer(self.pool.hpa(child), rights);
+        if host.load(self.pool.hpa(table), at) != value {
+            self.set(host, table, at, level, value);
+        }
+        Ok((child, fresh))
+    }
+
+    /// Stores an entry, counts the reference of a new pointer, gives up that of the old one, and
+    /// keeps `live` right.
+    fn set(&mut self, host: &mut impl Host, table: TableId, at: usize, level: u8, value: u64) {
+        let hpa = self.pool.hpa(table);
+        let old = host.load(hpa, at);
+        if old == value {
+            return;
+        }
+        host.store(hpa, at, value);
+        self.counters.entries += u64::from(value != EMPTY);
+        if let Some(word) = self.pool.get_mut(table).and_then(|table| table.live.get_mut(at / 64)) {
+            let bit = 1 << (at % 64);
+            if value == EMPTY { *word &= !bit } else { *word |= bit }
+        }
+        // The new one first: both may name the same table.
+        if let Some(child) = self.child(level, value) {
+            self.retain(child);
+        }
+        if let Some(child) = self.child(level, old) {
+            self.release(host, child);
+        }
+    }
+
+    /// The table that an entry of a table of `level` points to.
+    fn child(&self, level: u8, value: u64) -> Option<TableId> {
+        let entry = EptEntry::from(value);
+        if level == 1 || !entry.is_present() || entry.large() {
+            return None;
+        }
+        self.pool.id(Hpa::new(entry.address()))
+    }
+
+    fn role(&self, table: TableId) -> Role {
+        self.pool.get(table).map_or(Role::NONE, |table| table.key.role)
+    }
+
+    fn retain(&mut self, table: TableId) {
+        if let Some(table) = self.pool.get_mut(table) {
+            table.references += 1;
+        }
+    }
+
+    /// Takes one reference off a table. With the last one it goes, and so do the references of its
+    /// entries; the recursion is as deep as an EPT.
+    fn release(&mut self, host: &mut impl Host, id: TableId) {
+        let Some(table) = self.pool.get_mut(id) else { return };
+        table.references = table.references.saturating_sub(1);
+        if table.references != 0 {
+            return;
+        }
+        let (level, live) = (table.key.level, table.live);
+        if level > 1 {
+            let hpa = self.pool.hpa(id);
+            for at in bits(live) {
+                if let Some(child) = self.child(level, host.load(hpa, at)) {
+                    self.release(host, child);
+                }
+            }
+        }
+        self.pool.release(id);
+    }
+
+    /// The EPTP values that share `eptp`'s EP4TA and may have roots: what else a valid EPTP can
+    /// vary is its memory type and bit 6.
+    fn siblings(eptp: Eptp) -> [Eptp; 4] {
+        let of = |kind, flags| eptp.with_memory_type(kind).with_accessed_dirty(flags);
+        [
+            of(memory_type::WB, false),
+            of(memory_type::WB, true),
+            of(memory_type::UC, false),
+            of(memory_type::UC, true),
+        ]
+    }
+
+    /// Drops what is composed for one address, in every root of that EP4TA: L1 is told of a
+    /// violation there, may repoint the entry without INVEPT, and L2's next access must see it
+    /// (SDM Vol. 3C, "Operations that Invalidate Cached Mappings": an EPT violation invalidates the
+    /// mappings of its address). The processor itself has done so for the current root.
+    fn forget(&mut self, host: &mut impl Host, current: Eptp, gpa: L2Gpa) -> HostResult {
+        for eptp in Self::siblings(current) {
+            let Some(root) = self.find_root(eptp).and_then(|id| self.root(id)) else { continue };
+            let mut table = root.table;
+            for level in (1..=4).rev() {
+                let at = index(gpa, level);
+                let value = host.load(self.pool.hpa(table), at);
+                if let Some(child) = self.child(level, value) {
+                    table = child;
+                    continue;
+                }
+                self.set(host, table, at, level, EMPTY);
+                break;
+            }
+            if eptp != current {
+                self.counters.invepts += 1;
+                host.invept(InvEpt::Single(root.eptp02))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// L1 executed INVEPT: for one EP4TA (any EPTP that has it), or for all. What L1's tables no
+    /// longer say goes; what they still say stays.
+    ///
+    /// # Errors
+    /// [`HostError::InvEpt`].
+    pub fn invalidate(&mut self, host: &mut impl Host, scope: Option<Eptp>) -> HostResult {
+        self.clock += 1;
+        match scope {
+            Some(eptp) => {
+                for eptp in Self::siblings(eptp) {
+                    let root = self.find_root(eptp).and_then(|id| self.root(id));
+                    if let Some(root) = root {
+                        self.compose_again(host, root.table);
+                        self.counters.invepts += 1;
+                        host.invept(InvEpt::Single(root.eptp02))?;
+                    }
+                }
+            }
+            None => {
+                for number in 0..self.roots.len() {
+                    if let Some(root) = self.root(RootId(number as u32)) {
+                        self.compose_again(host, root.table);
+                    }
+                }
+                self.counters.invepts += 1;
+                host.invept(InvEpt::All)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Composes each live entry of a table and of those below it anew, and stores what differs. A
+    /// table that several parents share is visited once.
+    fn compose_again(&mut self, host: &mut impl Host, id: TableId) {
+        let stamp = self.clock;
+        let Some(table) = self.pool.get_mut(id) else { return };
+        if table.visited == stamp {
+            return;
+        }
+        table.visited = stamp;
+        let Table { key, live, .. } = *table;
+        if key.role.split_attributes().is_some() {
+            // Composed from EPT01 and its own role alone.
+            return;
+        }
+        let hpa = self.pool.hpa(id);
+        for at in bits(live) {
+            let Some(gpa) = key.l1.checked_add(8 * at as u64) else { continue };
+            let entry = EptEntry::from(host.read_u64(gpa));
+            let old = host.load(hpa, at);
+            let class = entry.classify(key.level, self.rules.caps, self.rules.physical_width);
+            let new = match class {
+                EptEntryClass::NotPresent | EptEntryClass::Misconfigured => EMPTY,
+                EptEntryClass::Table => self.compose_pointer(key, old, entry),
+                EptEntryClass::Page => self.compose_page(host, key, old, entry),
+            };
+            if new != old {
+                self.set(host, id, at, key.level, new);
+            }
+            if class == EptEntryClass::Table
+                && let Some(child) = self.child(key.level, new)
+            {
+                self.compose_again(host, child);
+            }
+        }
+    }
+
+    /// The fresh value of an entry that L1 has pointing to a table: the old shadow table with L1's
+    /// rights, if it is still the one.
+    fn compose_pointer(&self, parent: TableKey, old: u64, entry: EptEntry) -> u64 {
+        let wanted = TableKey {
+            l1: L1Gpa::new(entry.address()),
+            level: parent.level - 1,
+            role: parent.role.child(),
+        };
+        match self.child(parent.level, old) {
+            Some(child) if self.pool.get(child).is_some_and(|table| table.key == wanted) => {
+                let flags = parent.role.accessed_dirty();
+                if flags && !entry.accessed() {
+                    EMPTY
+                } else {
+                    pointer(self.pool.hpa(child), entry.permissions())
+                }
+            }
+            _ => EMPTY,
+        }
+    }
+
+    /// The fresh value of an entry that L1 has mapping a page: a page, or the old split table if it
+    /// is still the right one.
+    fn compose_page(
+        &self,
+        host: &mut impl Host,
+        parent: TableKey,
+        old: u64,
+        entry: EptEntry,
+    ) -> u64 {
+        let page = L1Gpa::new(entry.address());
+        match compose(host, entry, page, parent.level, parent.role.accessed_dirty()) {
+            Composed::Entry(value) => value,
+            Composed::Split(whole) => {
+                let wanted =
+                    TableKey { l1: page, level: parent.level - 1, role: parent.role.split(whole) };
+                let same = |child: &TableId| {
+                    self.pool.get(*child).is_some_and(|table| table.key == wanted)
+                };
+                if self.child(parent.level, old).as_ref().is_some_and(same) { old } else { EMPTY }
+            }
+        }
+    }
+
+    /// Makes sure that `count` frames can be taken, by giving up what was least recently used.
+    /// `false` where all frames wait for another processor.
+    fn reserve(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        count: usize,
+    ) -> HostResult<bool> {
+        if self.pool.available() >= count {
+            return Ok(true);
+        }
+        self.reclaim(host, processor, count)
+    }
+
+    #[cold]
+    fn reclaim(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        count: usize,
+    ) -> HostResult<bool> {
+        // An eighth of the pool at a time, so that the flush is paid for by many fills.
+        let goal = count.max(self.pool.capacity() / 8);
+        while self.pool.available() + self.pool.waiting() < goal && self.drop_oldest(host) {}
+        if self.pool.available() + self.pool.waiting() < count
+            && let Some(root) = self.current(processor)
+        {
+            // Only the running roots are left: empty this processor's.
+            let live = self.pool.get(root.table).map_or([0; 8], |table| table.live);
+            for at in bits(live) {
+                self.set(host, root.table, at, 4, EMPTY);
+            }
+        }
+        self.pool.ask_flush();
+        self.flush_if_asked(host, processor)?;
+        self.collect();
+        Ok(self.pool.available() >= count)
+    }
+
+    fn collect(&mut self) {
+        let running = self.processors.iter().filter(|processor| processor.root.is_some());
+        let oldest = running.map(|processor| processor.epoch).min();
+        self.pool.collect(oldest.unwrap_or(self.pool.epoch()));
+    }
+
+    /// Gives up the least recently used root that no processor runs on; `false` if there is none.
+    fn drop_oldest(&mut self, host: &mut impl Host) -> bool {
+        let running = |id| self.processors.iter().any(|processor| processor.root == Some(id));
+        let oldest = self
+            .roots
+            .iter()
+            .enumerate()
+            .filter_map(|(number, root)| root.map(|root| (RootId(number as u32), root.used)))
+            .filter(|(id, _)| !running(*id))
+            .min_by_key(|(_, used)| *used);
+        match oldest {
+            Some((id, _)) => {
+                self.drop_root(host, id);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn drop_root(&mut self, host: &mut impl Host, id: RootId) {
+        let Some(root) = self.roots.get_mut(id.0 as usize).and_then(Option::take) else { return };
+        let hash = mix(root.eptp12.into_bits());
+        if let Ok(entry) = self.root_index.find_entry(hash, |other| *other == id.0) {
+            entry.remove();
+        }
+        self.free_roots.push(id.0);
+        self.release(host, root.table);
+        self.counters.roots_dropped += 1;
+    }
+
+    /// Gives up every root that no other processor runs on, this processor's too, as a hypervisor
+    /// without a root cache does at each change of EPTP. [`Self::switch`] must follow before L2
+    /// runs again.
+    ///
+    /// # Errors
+    /// [`HostError::InvEpt`].
+    pub fn drop_all(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
+        self.leave(processor);
+        while self.drop_oldest(host) {}
+        self.pool.ask_flush();
+        self.flush_if_asked(host, processor)?;
+        self.collect();
+        Ok(())
+    }
+}
+
+/// Sets the accessed flags along a path and the dirty flag of its leaf in L1's memory, each in one
+/// locked access (SDM Vol. 3C, "Accessed and Dirty Flags for EPT"). Returns the path as it now
+/// stands, or `None` where L1 changed an entry meanwhile.
+fn set_flags(memory: &mut impl L1Memory, path: &Path, write: bool) -> Option<Path> {
+    let mut set = *path;
+    let count = path.steps().len();
+    for (number, step) in set.steps_mut().iter_mut().enumerate() {
+        let leaf = number + 1 == count;
+        let mut entry = step.entry.with_accessed(true);
+        if leaf && write {
+            entry.set_dirty(true);
+        }
+        if entry == step.entry {
+            continue;
+        }
+        let old = step.entry.into_bits();
+        if memory.compare_exchange_u64(step.at, old, entry.into_bits()) != old {
+            return None;
+        }
+        step.entry = entry;
+    }
+    Some(set)
+}
+
+/// A shadow entry that points to a table.
+#[inline]
+fn pointer(table: Hpa, rights: EptPermissions) -> u64 {
+    EMPTY | table.as_u64() | u64::from(rights.bits())
+}
+
+/// The shadow of an L1 entry that maps a page of `level`, at L1 address `page`: rights of both
+/// EPTs, memory type and ignore-PAT of EPT12. With accessed and dirty flags, an entry whose
+/// accessed flag is clear maps nothing yet, and one whose dirty flag is clear is not writable yet.
+#[inline]
+fn compose(
+    memory: &mut impl L1Memory,
+    entry: EptEntry,
+    page: L1Gpa,
+    level: u8,
+    flags: bool,
+) -> Composed {
+    if flags && !entry.accessed() {
+        return Composed::Entry(EMPTY);
+    }
+    let mut rights = entry.permissions();
+    if flags && !entry.dirty() {
+        rights -= EptPermissions::WRITE;
+    }
+    let mapping = memory.translate(page);
+    // Bits 6:3: memory type and ignore-PAT.
+    let kind = entry.into_bits() & 0x78;
+    if u32::from(mapping.size_shift) < shift(level) {
+        return Composed::Split(EptEntry::from(kind | u64::from(rights.bits())));
+    }
+    rights &= mapping.permissions;
+    if rights.is_empty() {
+        return Composed::Entry(EMPTY);
+    }
+    // The processor would set A and D in the shadow where bit 6 of the EPTP is set; they mean
+    // nothing there, so they are set from the start.
+    let large = u64::from(level > 1) << 7;
+    let own_flags = 0x300;
+    Composed::Entry(
+        EMPTY | mapping.hpa.as_u64() | own_flags | large | kind | u64::from(rights.bits()),
+    )
+}
+
+/// The numbers of the bits that are set, from 0 to 511.
+fn bits(words: [u64; 8]) -> impl Iterator<Item = usize> {
+    words.into_iter().enumerate().flat_map(|(number, mut word)| {
+        core::iter::from_fn(move || {
+            let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
+            word &= word - 1;
+            Some(number * 64 + bit)
+        })
+    })
+}
