@@ -16,7 +16,10 @@ extern crate alloc;
 pub mod caps;
 pub mod ept;
 pub mod host;
+pub mod paging;
 pub mod regs;
+#[cfg(test)]
+pub mod testing;
 pub mod vmcs12;
 
 pub use host::{Host, HostError, HostResult};

@@ -1,0 +1,260 @@
+//! What host do the engine's unit tests run on?
+//!
+//! A [`TestHost`]: RAM of L1 in a `Vec`, VMCS fields in an array, frames and MSRs in maps. It
+//! implements all the traits of [`crate::host`] and nothing of the processor's behaviour.
+
+use crate::host::{
+    ENTRIES, Frames, HostResult, InvEpt, InvVpid, L1Mapping, L1Memory, MsrFault, Msrs, Vmx,
+};
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+use vmx_defs::ept::memory_type;
+use vmx_defs::field::SLOTS;
+use vmx_defs::{EptPermissions, Field, Gva, Hpa, L1Gpa};
+
+/// RAM of L1 from address 0 on; what lies beyond reads as ones.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Stored, in order, at the first compare-exchanges to come, just before each: another
+    /// processor of L1 that interferes.
+    pub interference: Vec<(L1Gpa, u64)>,
+}
+
+impl Ram {
+    /// `size` bytes of zeros.
+    pub fn new(size: usize) -> Self {
+        Self { bytes: alloc::vec![0; size], interference: Vec::new() }
+    }
+
+    fn interfere(&mut self) {
+        if !self.interference.is_empty() {
+            let (gpa, value) = self.interference.remove(0);
+            self.write_u64(gpa, value);
+        }
+    }
+}
+
+impl L1Memory for Ram {
+    fn read(&mut self, gpa: L1Gpa, buffer: &mut [u8]) {
+        for (at, byte) in (gpa.as_u64()..).zip(buffer) {
+            *byte = self.bytes.get(at as usize).copied().unwrap_or(0xff);
+        }
+    }
+
+    fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
+        for (at, byte) in (gpa.as_u64()..).zip(bytes) {
+            if let Some(slot) = self.bytes.get_mut(at as usize) {
+                *slot = *byte;
+            }
+        }
+    }
+
+    fn read_u64(&mut self, gpa: L1Gpa) -> u64 {
+        assert!(gpa.is_aligned(8));
+        let mut bytes = [0; 8];
+        self.read(gpa, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn write_u64(&mut self, gpa: L1Gpa, value: u64) {
+        assert!(gpa.is_aligned(8));
+        self.write(gpa, &value.to_le_bytes());
+    }
+
+    fn compare_exchange_u64(&mut self, gpa: L1Gpa, old: u64, new: u64) -> u64 {
+        self.interfere();
+        let found = self.read_u64(gpa);
+        if found == old {
+            self.write_u64(gpa, new);
+        }
+        found
+    }
+
+    fn compare_exchange_u32(&mut self, gpa: L1Gpa, old: u32, new: u32) -> u32 {
+        self.interfere();
+        assert!(gpa.is_aligned(4));
+        let mut bytes = [0; 4];
+        self.read(gpa, &mut bytes);
+        let found = u32::from_le_bytes(bytes);
+        if found == old {
+            self.write(gpa, &new.to_le_bytes());
+        }
+        found
+    }
+
+    fn read_table(&mut self, gpa: L1Gpa, entries: &mut [u64; ENTRIES]) {
+        assert!(gpa.is_aligned(4096));
+        for (at, entry) in (gpa.as_u64()..).step_by(8).zip(entries) {
+            *entry = self.read_u64(L1Gpa::new(at));
+        }
+    }
+
+    fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {
+        let rights = EptPermissions::READ | EptPermissions::WRITE | EptPermissions::EXECUTE;
+        L1Mapping {
+            // Another number than the guest's, so that no test passes by mixing the spaces up.
+            hpa: Hpa::new(TestHost::HPA_OF_L1.wrapping_add(gpa.as_u64())),
+            permissions: rights,
+            memory_type: memory_type::WB,
+            size_shift: 12,
+        }
+    }
+
+    fn is_ram(&mut self, gpa: L1Gpa) -> bool {
+        gpa.page().checked_add(4095).is_some_and(|end| (end.as_u64() as usize) < self.bytes.len())
+    }
+}
+
+/// A host for tests.
+#[derive(Debug)]
+pub struct TestHost {
+    /// RAM of L1.
+    pub ram: Ram,
+    /// Regions by VMPTRLD, each with its fields by slot; region 0 is current at first.
+    pub regions: BTreeMap<Hpa, Box<[u64; SLOTS]>>,
+    /// Which region is current.
+    pub current: Hpa,
+    /// CR2.
+    pub cr2: Gva,
+    /// INVEPTs done.
+    pub invepts: Vec<InvEpt>,
+    /// INVVPIDs done.
+    pub invvpids: Vec<InvVpid>,
+    /// Frames of the pool.
+    pub frames: BTreeMap<Hpa, Box<[u64; ENTRIES]>>,
+    /// MSRs; those not here fault.
+    pub msrs: BTreeMap<u32, u64>,
+}
+
+impl TestHost {
+    /// Host-physical address of L1's address 0.
+    pub const HPA_OF_L1: u64 = 1 << 36;
+
+    /// A host with `ram` bytes of L1 memory, and zeros in every field.
+    pub fn new(ram: usize) -> Self {
+        Self {
+            ram: Ram::new(ram),
+            regions: BTreeMap::new(),
+            current: Hpa::new(0),
+            cr2: Gva::new(0),
+            invepts: Vec::new(),
+            invvpids: Vec::new(),
+            frames: BTreeMap::new(),
+            msrs: BTreeMap::new(),
+        }
+    }
+
+    /// Value of a field of the current region.
+    pub fn field(&self, field: Field) -> u64 {
+        self.regions.get(&self.current).map_or(0, |region| region[field.slot()])
+    }
+
+    /// Sets a field of the current region.
+    pub fn set(&mut self, field: Field, value: u64) {
+        let region = self.regions.entry(self.current).or_insert_with(|| Box::new([0; SLOTS]));
+        region[field.slot()] = value & field.width().mask();
+    }
+}
+
+impl Vmx for TestHost {
+    fn vmread(&mut self, field: Field) -> HostResult<u64> {
+        Ok(self.field(field))
+    }
+
+    fn vmwrite(&mut self, field: Field, value: u64) -> HostResult {
+        self.set(field, value);
+        Ok(())
+    }
+
+    fn vmptrld(&mut self, region: Hpa) -> HostResult {
+        self.current = region;
+        Ok(())
+    }
+
+    fn invept(&mut self, scope: InvEpt) -> HostResult {
+        self.invepts.push(scope);
+        Ok(())
+    }
+
+    fn invvpid(&mut self, scope: InvVpid) -> HostResult {
+        self.invvpids.push(scope);
+        Ok(())
+    }
+
+    fn write_cr2(&mut self, address: Gva) {
+        self.cr2 = address;
+    }
+}
+
+impl L1Memory for TestHost {
+    fn read(&mut self, gpa: L1Gpa, buffer: &mut [u8]) {
+        self.ram.read(gpa, buffer);
+    }
+
+    fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
+        self.ram.write(gpa, bytes);
+    }
+
+    fn read_u64(&mut self, gpa: L1Gpa) -> u64 {
+        self.ram.read_u64(gpa)
+    }
+
+    fn write_u64(&mut self, gpa: L1Gpa, value: u64) {
+        self.ram.write_u64(gpa, value);
+    }
+
+    fn compare_exchange_u64(&mut self, gpa: L1Gpa, old: u64, new: u64) -> u64 {
+        self.ram.compare_exchange_u64(gpa, old, new)
+    }
+
+    fn compare_exchange_u32(&mut self, gpa: L1Gpa, old: u32, new: u32) -> u32 {
+        self.ram.compare_exchange_u32(gpa, old, new)
+    }
+
+    fn read_table(&mut self, gpa: L1Gpa, entries: &mut [u64; ENTRIES]) {
+        self.ram.read_table(gpa, entries);
+    }
+
+    fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {
+        self.ram.translate(gpa)
+    }
+
+    fn is_ram(&mut self, gpa: L1Gpa) -> bool {
+        self.ram.is_ram(gpa)
+    }
+}
+
+impl Frames for TestHost {
+    fn load(&self, frame: Hpa, index: usize) -> u64 {
+        self.frames.get(&frame).map_or(0, |entries| entries[index])
+    }
+
+    fn store(&mut self, frame: Hpa, index: usize, value: u64) {
+        self.frames.entry(frame).or_insert_with(|| Box::new([0; ENTRIES]))[index] = value;
+    }
+
+    fn fill(&mut self, frame: Hpa, value: u64) {
+        self.frames.insert(frame, Box::new([value; ENTRIES]));
+    }
+}
+
+impl Msrs for TestHost {
+    fn read_msr(&mut self, index: u32) -> Result<u64, MsrFault> {
+        self.msrs.get(&index).copied().ok_or(MsrFault)
+    }
+
+    fn write_msr(&mut self, index: u32, value: u64) -> Result<(), MsrFault> {
+        self.msrs.get_mut(&index).map(|slot| *slot = value).ok_or(MsrFault)
+    }
+
+    fn may_pass_read(&self, index: u32) -> bool {
+        self.msrs.contains_key(&index)
+    }
+
+    fn may_pass_write(&self, index: u32) -> bool {
+        self.msrs.contains_key(&index)
+    }
+}
