@@ -18,7 +18,6 @@ use crate::guard::Guarded;
 pub(crate) struct Bochs {
     program: PathBuf,
     /// Its version, for example `2.7`.
-    #[allow(dead_code, reason = "deviations are keyed by it")]
     pub(crate) version: String,
     /// Whether it was built with its debugger, which stops at a prompt unless told to go on.
     debugger: bool,

@@ -9,13 +9,19 @@ use crate::workspace::Workspace;
 /// The images, named as their binaries (the hypervisor, then the L1s), each with its package.
 const IMAGES: [(&str, &str); 4] = [
     (HYPERVISOR, "nvmx-hv"),
-    ("l1-conformance", "nvmx-guests"),
-    ("l1-bench", "nvmx-guests"),
+    (CONFORMANCE, "nvmx-guests"),
+    (BENCH, "nvmx-guests"),
     (DEMO, "nvmx-guests"),
 ];
 
 /// The hypervisor's image.
 pub(crate) const HYPERVISOR: &str = "nvmx-hv";
+
+/// The L1 that checks, case by case, that the machine is what the SDM says.
+pub(crate) const CONFORMANCE: &str = "l1-conformance";
+
+/// The L1 that measures.
+pub(crate) const BENCH: &str = "l1-bench";
 
 /// The L1 that shows what nvmx does.
 pub(crate) const DEMO: &str = "l1-demo";

@@ -1,15 +1,19 @@
 //! What can a person do with this repository? `cargo xtask`, the only entry point: build, run,
 //! test, bench, iso and lint.
 
+mod bench;
 mod bochs;
 mod boot;
+mod demo;
+mod deviations;
+mod foreign;
 mod guard;
 mod images;
 mod lint;
 mod packages;
 mod run;
-#[allow(dead_code, reason = "the commands that read reports follow")]
 mod serial;
+mod suite;
 mod workspace;
 
 use std::{
@@ -45,13 +49,38 @@ enum Task {
     /// The hypervisor `nvmx-hv` and the L1 guests `l1-conformance`, `l1-bench` and `l1-demo`.
     /// Needs nothing but stable Rust.
     Build,
-    /// Boot in Bochs: an L1 of your choice, or without --l1 the demo
+    /// Boot in Bochs: the demo, or an L1 of your choice
     ///
+    /// Without --l1: installs the Debian packages it needs, builds everything, boots the demo
+    /// natively and under nvmx, and prints what the guest's guest saw and what it cost.
+    ///
+    /// With --l1: boots that kernel under nvmx, or with --native on the bare machine.
     /// COM1 is shown on standard output. The run ends by itself: well when --until appears, or
     /// when the guest says that it passed; else with the reason and the path of the kept logs.
     /// Everything about a run is kept in a folder of its own under `target/runs`.
     Run(RunArgs),
+    /// Run everything that must pass
+    ///
+    /// Lints, host tests, the conformance suite natively and under nvmx, a foreign kernel, images
+    /// that must be refused, the demo, the benchmark's bounds, and that no Bochs is left behind.
+    /// Closes with `N passed, N failed, N skipped`.
+    Test {
+        #[command(flatten)]
+        emulator: EmulatorArgs,
+    },
+    /// Measure in instructions, natively and under nvmx
+    ///
+    /// Prints a table and writes `target/bench/vmfunc.json`.
+    Bench {
+        /// What to measure
+        #[arg(long, value_enum, default_value = "all")]
+        suite: bench::Suite,
+        #[command(flatten)]
+        emulator: EmulatorArgs,
+    },
     /// Write a bootable CD or USB image for a real machine
+    ///
+    /// Boots what `run` with the same arguments would boot: the demo under nvmx, if none.
     Iso(IsoArgs),
     /// Check formatting, clippy and the documentation
     Lint,
@@ -143,6 +172,16 @@ struct MachineArgs {
     emulator: EmulatorArgs,
 }
 
+impl MachineArgs {
+    fn machine(&self) -> Machine {
+        Machine { cpus: self.cpus, mem_mib: self.mem }
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
 /// The emulator.
 #[derive(Debug, Args)]
 struct EmulatorArgs {
@@ -152,12 +191,15 @@ struct EmulatorArgs {
 }
 
 impl EmulatorArgs {
-    /// Sees to it that everything a run needs is there.
     fn prepare(&self) -> Result<Bochs> {
-        let need = if self.bochs.is_some() { Need::Image } else { Need::Emulator };
-        packages::ensure_installed(need)?;
-        Bochs::detect(self.bochs.as_deref())
+        prepare(self.bochs.as_deref())
     }
+}
+
+/// Sees to it that everything a run needs is there; `None` is the emulator on the path.
+fn prepare(bochs: Option<&Path>) -> Result<Bochs> {
+    packages::ensure_installed(if bochs.is_some() { Need::Image } else { Need::Emulator })?;
+    Bochs::detect(bochs)
 }
 
 #[derive(Debug, Args)]
@@ -191,11 +233,26 @@ fn perform(cli: Cli) -> Result<ExitCode> {
             images::build_all(&workspace)?;
             println!("images are in {}", workspace.images().display());
         }
-        Task::Run(args) => run_l1(&workspace, args)?,
+        Task::Run(args) if args.boot.l1.is_some() => run_l1(&workspace, args)?,
+        Task::Run(args) => run_demo(&workspace, &args.machine)?,
+        Task::Test { emulator } => return suite::test(&workspace, emulator.bochs.as_deref()),
+        Task::Bench { suite, emulator } => {
+            let bochs = emulator.prepare()?;
+            images::build_all(&workspace)?;
+            bench::bench(&workspace, &bochs, *suite)?;
+        }
         Task::Iso(args) => iso(&workspace, args)?,
         Task::Lint => lint::lint(&workspace)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Boots the demo, each way.
+fn run_demo(workspace: &Workspace, args: &MachineArgs) -> Result<()> {
+    let bochs = args.emulator.prepare()?;
+    println!("building the images");
+    images::build_all(workspace)?;
+    demo::demo(workspace, &bochs, args.machine(), args.timeout())
 }
 
 /// Boots the L1 that the user named.
@@ -211,9 +268,9 @@ fn run_l1(workspace: &Workspace, args: &RunArgs) -> Result<()> {
     let run = Run {
         name: if args.boot.native { "native" } else { "nvmx" },
         boot: args.boot.boot(workspace, images::DEMO)?,
-        machine: Machine { cpus: args.machine.cpus, mem_mib: args.machine.mem },
+        machine: args.machine.machine(),
         until,
-        timeout: Duration::from_secs(args.machine.timeout),
+        timeout: args.machine.timeout(),
         show: true,
     };
     run.make(workspace, &bochs)?.into_result()?;
