@@ -1,6 +1,6 @@
 //! How do the freestanding images come to be? The stock toolchain, with flags of their own.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
@@ -43,15 +43,24 @@ pub(crate) fn build_hypervisor(workspace: &Workspace) -> Result<()> {
     build(workspace, &IMAGES[..1])
 }
 
-fn build(workspace: &Workspace, images: &[(&str, &str)]) -> Result<()> {
+/// A Cargo command on all images, with their flags.
+pub(crate) fn cargo(workspace: &Workspace, command: &str) -> Command {
+    cargo_for(workspace, command, &IMAGES)
+}
+
+fn cargo_for(workspace: &Workspace, command: &str, images: &[(&str, &str)]) -> Command {
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--profile=image", "--target", TARGET]);
+    cargo.args([command, "--profile=image", "--target", TARGET]);
     for (image, package) in images {
         cargo.args(["--package", package, "--bin", image]);
     }
     // One variable with separators, which beats every other place where flags may be set.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"));
-    let status = cargo.status().context("cannot run cargo")?;
+    cargo
+}
+
+fn build(workspace: &Workspace, images: &[(&str, &str)]) -> Result<()> {
+    let status = cargo_for(workspace, "build", images).status().context("cannot run cargo")?;
     ensure!(status.success(), "building the images failed");
 
     let folder = workspace.images();

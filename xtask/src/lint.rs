@@ -4,14 +4,18 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::workspace::Workspace;
+use crate::{images, workspace::Workspace};
 
 /// Makes the command of one check.
 type Check = fn(&Workspace) -> Command;
 
 /// What is checked, each by the name of its section.
-pub(crate) const CHECKS: [(&str, Check); 3] =
-    [("formatting", formatting), ("clippy", clippy), ("documentation", documentation)];
+pub(crate) const CHECKS: [(&str, Check); 4] = [
+    ("formatting", formatting),
+    ("clippy", clippy),
+    ("clippy on the images", images_clippy),
+    ("documentation", documentation),
+];
 
 /// Checks everything, and stops at the first thing that is not in order.
 pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
@@ -41,9 +45,16 @@ fn clippy(workspace: &Workspace) -> Command {
     cargo
 }
 
+/// The images' own code is compiled only with the images' flags.
+fn images_clippy(workspace: &Workspace) -> Command {
+    let mut cargo = images::cargo(workspace, "clippy");
+    cargo.args(["--quiet", "--", "-D", "warnings"]);
+    cargo
+}
+
 fn documentation(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
-    cargo.args(["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
+    cargo.args(["doc", "--quiet", "--workspace", "--no-deps"]);
     cargo.env("RUSTDOCFLAGS", "-D warnings");
     cargo
 }

@@ -59,9 +59,10 @@ pub(crate) fn test(workspace: &Workspace, bochs: Option<&Path>) -> Result<ExitCo
         tally.step(name, || lint::check(&mut command(workspace)).map(|()| ONE_PASSED));
     }
     tally.step("host tests", || host_tests(workspace));
+    let before = tally.failures.len();
     tally.step("images", || images::build_all(workspace).map(|()| ONE_PASSED));
-    if !tally.failures.is_empty() {
-        println!("the rest needs sound sources and images: not run");
+    if tally.failures.len() > before {
+        println!("the rest needs images: not run");
         return Ok(tally.close(started));
     }
 
