@@ -4,6 +4,20 @@ use crate::suite::Case;
 
 pub mod harness;
 pub mod l2;
+pub mod seed;
 
 /// Every case, file by file, in the order they run.
-pub const ALL: &[&[Case]] = &[harness::CASES, l2::CASES];
+pub const ALL: &[&[Case]] = &[
+    harness::CASES,
+    l2::CASES,
+    seed::S1,
+    seed::S2,
+    seed::S3,
+    seed::S4,
+    seed::S5,
+    seed::S6,
+    seed::S7,
+    seed::S8,
+    seed::S9,
+    seed::SINGLE,
+];

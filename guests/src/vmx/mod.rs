@@ -220,6 +220,17 @@ pub fn vmclear(page: Page) -> VmxResult {
     unsafe { vmx_hw::vmclear(Hpa::new(page.address())) }
 }
 
+/// INVEPT, single-context for this EPTP where the processor has that, else all-context; VMfail and
+/// an INVEPT without types fail the case.
+pub fn invept_single(eptp: u64) -> Result<(), Stop> {
+    let caps = Caps::read().ept;
+    let kind = if caps.contains(EptVpidCap::INVEPT_SINGLE) { 1 } else { 2 };
+    // SAFETY: drops cached translations only.
+    let result = unsafe { vmx_hw::invept(kind, [eptp, 0]) };
+    crate::ensure_eq!(result, Ok(()), "INVEPT type {kind}");
+    Ok(())
+}
+
 /// The exit-reason field as an [`ExitReason`].
 pub fn exit_reason() -> ExitReason {
     ExitReason::from_bits(vmcs::read(vmx_defs::Field::EXIT_REASON) as u32)
