@@ -16,6 +16,8 @@ extern crate alloc;
 pub mod caps;
 pub mod ept;
 pub mod host;
+pub mod inject;
+pub mod insn;
 pub mod paging;
 pub mod regs;
 #[cfg(test)]
