@@ -70,7 +70,7 @@ const ATTEMPTS: u32 = 8;
 pub struct AddressSizes {
     /// Physical-address width in bits (MAXPHYADDR).
     pub physical_width: u8,
-    /// 1-GByte pages exist (CPUID.80000001H:EDX[26]).
+    /// 1-GByte pages exist (`CPUID.80000001H:EDX[26]`).
     pub gigabyte_pages: bool,
 }
 
