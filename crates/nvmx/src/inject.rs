@@ -5,7 +5,7 @@
 //! 8—Double Fault Exception (#DF)"). An event whose delivery was cut short by an exit that concerns
 //! L0 alone is injected again (SDM Vol. 3C, "Information for VM Exits That Occur During Event
 //! Delivery"). And an instruction that L0 completes for the guest ends as it would have ended on
-//! the processor ([`complete_instruction`]).
+//! the processor ([`advance_rip`]).
 //!
 //! All functions act on the current VMCS.
 
