@@ -6,13 +6,22 @@ use anyhow::{Context, Result, ensure};
 
 use crate::workspace::Workspace;
 
-/// The images, named as their binaries (the hypervisor, then the L1s), each with its package.
-const IMAGES: [(&str, &str); 4] = [
-    (HYPERVISOR, "nvmx-hv"),
-    (CONFORMANCE, "nvmx-guests"),
-    (BENCH, "nvmx-guests"),
-    (DEMO, "nvmx-guests"),
-];
+/// A package and its images, named as its binaries.
+///
+/// Each package is built by a Cargo of its own: built together they would share one set of
+/// features for their common dependencies, and the guests would get the engine and its allocator.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Package {
+    name: &'static str,
+    images: &'static [&'static str],
+}
+
+/// The hypervisor.
+pub(crate) const L0: Package = Package { name: "nvmx-hv", images: &[HYPERVISOR] };
+
+/// The test hypervisors that run natively or under any L0.
+pub(crate) const L1S: Package =
+    Package { name: "nvmx-guests", images: &[CONFORMANCE, BENCH, DEMO] };
 
 /// The hypervisor's image.
 pub(crate) const HYPERVISOR: &str = "nvmx-hv";
@@ -35,42 +44,35 @@ const RUSTFLAGS: [&str; 4] = ["-C", "relocation-model=static", "-C", "no-redzone
 
 /// Builds all images into the images folder.
 pub(crate) fn build_all(workspace: &Workspace) -> Result<()> {
-    build(workspace, &IMAGES)
+    build(workspace, L0)?;
+    build(workspace, L1S)
 }
 
-/// Builds the hypervisor only, for an L1 that comes from elsewhere.
-pub(crate) fn build_hypervisor(workspace: &Workspace) -> Result<()> {
-    build(workspace, &IMAGES[..1])
-}
-
-/// A Cargo command on all images, with their flags.
-pub(crate) fn cargo(workspace: &Workspace, command: &str) -> Command {
-    cargo_for(workspace, command, &IMAGES)
-}
-
-fn cargo_for(workspace: &Workspace, command: &str, images: &[(&str, &str)]) -> Command {
+/// A Cargo command on a package's images, with their flags.
+pub(crate) fn cargo(workspace: &Workspace, command: &str, package: Package) -> Command {
     let mut cargo = workspace.cargo();
-    cargo.args([command, "--profile=image", "--target", TARGET]);
-    for (image, package) in images {
-        cargo.args(["--package", package, "--bin", image]);
+    cargo.args([command, "--profile=image", "--target", TARGET, "--package", package.name]);
+    for image in package.images {
+        cargo.args(["--bin", image]);
     }
     // One variable with separators, which beats every other place where flags may be set.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"));
     cargo
 }
 
-fn build(workspace: &Workspace, images: &[(&str, &str)]) -> Result<()> {
-    let status = cargo_for(workspace, "build", images).status().context("cannot run cargo")?;
-    ensure!(status.success(), "building the images failed");
+/// Builds one package's images into the images folder.
+pub(crate) fn build(workspace: &Workspace, package: Package) -> Result<()> {
+    let status = cargo(workspace, "build", package).status().context("cannot run cargo")?;
+    ensure!(status.success(), "building the images of {} failed", package.name);
 
     let folder = workspace.images();
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let built: PathBuf = workspace.target.join(TARGET).join("image");
-    for (image, _) in images {
+    for image in package.images {
         let from = built.join(image);
         let to = workspace.image(image);
         // Renamed into place, so that a run that reads the old image meanwhile reads it whole.
-        let new = folder.join(format!(".{image}.new"));
+        let new = folder.join(format!(".{image}.{}", std::process::id()));
         fs::copy(&from, &new).with_context(|| format!("no image {}", from.display()))?;
         fs::rename(&new, &to).with_context(|| format!("cannot write {}", to.display()))?;
     }

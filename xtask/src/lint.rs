@@ -4,16 +4,20 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{images, workspace::Workspace};
+use crate::{
+    images::{self, Package},
+    workspace::Workspace,
+};
 
 /// Makes the command of one check.
 type Check = fn(&Workspace) -> Command;
 
 /// What is checked, each by the name of its section.
-pub(crate) const CHECKS: [(&str, Check); 4] = [
+pub(crate) const CHECKS: [(&str, Check); 5] = [
     ("formatting", formatting),
     ("clippy", clippy),
-    ("clippy on the images", images_clippy),
+    ("clippy on L0's image", |workspace| image_clippy(workspace, images::L0)),
+    ("clippy on the L1 images", |workspace| image_clippy(workspace, images::L1S)),
     ("documentation", documentation),
 ];
 
@@ -29,7 +33,8 @@ pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
 /// Runs one check.
 pub(crate) fn check(command: &mut Command) -> Result<()> {
     let status = command.status().context("cannot run cargo")?;
-    ensure!(status.success(), "failed: {command:?}");
+    let arguments: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+    ensure!(status.success(), "cargo {} failed", arguments.join(" "));
     Ok(())
 }
 
@@ -46,8 +51,8 @@ fn clippy(workspace: &Workspace) -> Command {
 }
 
 /// The images' own code is compiled only with the images' flags.
-fn images_clippy(workspace: &Workspace) -> Command {
-    let mut cargo = images::cargo(workspace, "clippy");
+fn image_clippy(workspace: &Workspace, package: Package) -> Command {
+    let mut cargo = images::cargo(workspace, "clippy", package);
     cargo.args(["--quiet", "--", "-D", "warnings"]);
     cargo
 }

@@ -263,7 +263,7 @@ fn run_l1(workspace: &Workspace, args: &RunArgs) -> Result<()> {
     };
     let bochs = args.machine.emulator.prepare()?;
     if !args.boot.native {
-        images::build_hypervisor(workspace)?;
+        images::build(workspace, images::L0)?;
     }
     let run = Run {
         name: if args.boot.native { "native" } else { "nvmx" },
