@@ -14,6 +14,7 @@
 extern crate alloc;
 
 pub mod caps;
+pub mod check;
 pub mod ept;
 pub mod host;
 pub mod inject;
