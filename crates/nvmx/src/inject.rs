@@ -328,3 +328,197 @@ fn next_rip(host: &mut impl Vmx, rip: u64, length: u64) -> HostResult<u64> {
     }
     Ok(next)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::paging::EFER_LMA;
+    use crate::testing::TestHost;
+    use vmx_defs::event::kind;
+
+    const NONE: IntrInfo = IntrInfo::new();
+
+    fn hardware(vector: u8) -> IntrInfo {
+        IntrInfo::exception(vector, vector::has_error_code(vector))
+    }
+
+    #[test]
+    fn two_exceptions_become_one_as_the_table_says() {
+        let contributory = [0u8, 10, 11, 12, 13, 21];
+        let page_fault = [14u8, 20];
+        for first in 0..32u8 {
+            for second in 0..32u8 {
+                let raised = Exception::new(second);
+                let (c1, c2) = (contributory.contains(&first), contributory.contains(&second));
+                let (p1, p2) = (page_fault.contains(&first), page_fault.contains(&second));
+                let expected = if first == 8 && (c2 || p2 || second == 8) {
+                    Outcome::TripleFault
+                } else if (c1 && c2) || (p1 && (c2 || p2)) {
+                    Outcome::Exception(Exception { vector: 8, error_code: Some(0), address: None })
+                } else {
+                    Outcome::Exception(raised)
+                };
+                assert_eq!(combine(hardware(first), raised), expected, "{first} {second}");
+                // Interrupts and INT n are benign with every vector, and so is no event.
+                for kind in [
+                    kind::EXTERNAL,
+                    kind::NMI,
+                    kind::SOFTWARE_INTERRUPT,
+                    kind::PRIVILEGED_SOFTWARE_EXCEPTION,
+                    kind::SOFTWARE_EXCEPTION,
+                ] {
+                    let other = hardware(first).with_kind(kind);
+                    assert_eq!(combine(other, raised), Outcome::Exception(raised));
+                }
+                let invalid = hardware(first).with_valid(false);
+                assert_eq!(combine(invalid, raised), Outcome::Exception(raised));
+            }
+        }
+    }
+
+    #[test]
+    fn faults_are_injected_with_error_code_cr2_and_rf() {
+        let address = Gva::new(0xffff_8000_0000_1234);
+        for (fault, info, error, cr2) in [
+            (Fault::Ud, 0x8000_0306, 0, 0),
+            (Fault::Gp(0), 0x8000_0b0d, 0, 0),
+            (Fault::Gp(0x18), 0x8000_0b0d, 0x18, 0),
+            (Fault::Ss(0), 0x8000_0b0c, 0, 0),
+            (Fault::Pf(PageFault { error: 3, address }), 0x8000_0b0e, 3, address.as_u64()),
+        ] {
+            let mut host = TestHost::new(0);
+            host.set(Field::GUEST_CR0, CR0_PE);
+            host.set(Field::GUEST_RFLAGS, 0x202);
+            deliver(&mut host, fault).unwrap();
+            assert_eq!(host.field(Field::ENTRY_INTR_INFO), info);
+            assert_eq!(host.field(Field::ENTRY_EXCEPTION_ERROR), error);
+            assert_eq!(host.cr2.as_u64(), cr2);
+            assert_eq!(host.field(Field::GUEST_RFLAGS), 0x202 | RFLAGS_RF);
+        }
+        let mut host = TestHost::new(0);
+        deliver(&mut host, Fault::Retry).unwrap();
+        assert!(host.regions.is_empty(), "nothing is written");
+    }
+
+    #[test]
+    fn real_mode_gets_no_error_code() {
+        let mut host = TestHost::new(0);
+        deliver(&mut host, Fault::Gp(0)).unwrap();
+        assert_eq!(host.field(Field::ENTRY_INTR_INFO), 0x8000_030d);
+    }
+
+    #[test]
+    fn traps_and_aborts_leave_rf_alone() {
+        for vector in 0..22 {
+            let mut host = TestHost::new(0);
+            raise(&mut host, NONE, Exception::new(vector)).unwrap();
+            let rf = host.field(Field::GUEST_RFLAGS) == RFLAGS_RF;
+            assert_eq!(rf, ![1, 2, 3, 4, 8, 18].contains(&vector), "{vector}");
+        }
+    }
+
+    #[test]
+    fn a_page_fault_that_ends_in_another_event_has_set_cr2() {
+        let fault =
+            Exception { vector: vector::PF, error_code: Some(2), address: Some(Gva::new(0x5000)) };
+        let mut host = TestHost::new(0);
+        host.set(Field::GUEST_CR0, CR0_PE);
+        raise(&mut host, hardware(vector::PF), fault).unwrap();
+        assert_eq!(host.field(Field::ENTRY_INTR_INFO), 0x8000_0b08);
+        assert_eq!(host.field(Field::ENTRY_EXCEPTION_ERROR), 0);
+        assert_eq!(host.cr2, Gva::new(0x5000));
+
+        let mut host = TestHost::new(0);
+        assert_eq!(raise(&mut host, hardware(vector::DF), fault), Ok(Outcome::TripleFault));
+        assert_eq!(host.cr2, Gva::new(0x5000));
+        assert!(host.regions.is_empty(), "nothing is injected");
+    }
+
+    #[test]
+    fn events_cut_short_are_injected_again() {
+        // (vectoring information, VM-entry information, error code and length are copied)
+        for (vectoring, entry, error, length) in [
+            (0x8000_0020u64, 0x8000_0020, false, false),
+            (0x8000_0202, 0x8000_0202, false, false),
+            (0x8000_0b0e, 0x8000_0b0e, true, false),
+            (0x8000_0306, 0x8000_0306, false, false),
+            (0x8000_0480, 0x8000_0480, false, true),
+            (0x8000_0501, 0x8000_0501, false, true),
+            (0x8000_0603, 0x8000_0603, false, true),
+            // Bit 12 is undefined; bits 30:13 are cleared by the processor, and here again.
+            (0xffff_f020, 0x8000_0020, false, false),
+        ] {
+            let mut host = TestHost::new(0);
+            host.set(Field::IDT_VECTORING_INFO, vectoring);
+            host.set(Field::IDT_VECTORING_ERROR, 0x77);
+            host.set(Field::EXIT_INSTRUCTION_LEN, 2);
+            host.set(Field::GUEST_INTERRUPTIBILITY, 8);
+            assert_eq!(reinject(&mut host), Ok(true));
+            assert_eq!(host.field(Field::ENTRY_INTR_INFO), entry, "{vectoring:#x}");
+            let copied = host.field(Field::ENTRY_EXCEPTION_ERROR);
+            assert_eq!(copied, if error { 0x77 } else { 0 });
+            let copied = host.field(Field::ENTRY_INSTRUCTION_LEN);
+            assert_eq!(copied, if length { 2 } else { 0 });
+            let nmi = entry == 0x8000_0202;
+            assert_eq!(host.field(Field::GUEST_INTERRUPTIBILITY), if nmi { 0 } else { 8 });
+        }
+        let mut host = TestHost::new(0);
+        host.set(Field::IDT_VECTORING_INFO, 0x0b0e);
+        assert_eq!(reinject(&mut host), Ok(false));
+        assert_eq!(host.field(Field::ENTRY_INTR_INFO), 0);
+    }
+
+    #[test]
+    fn nmis_are_blocked_again_after_an_iret_that_faulted() {
+        let mut host = TestHost::new(0);
+        host.set(Field::GUEST_INTERRUPTIBILITY, 1);
+        block_nmi_again(&mut host).unwrap();
+        assert_eq!(host.field(Field::GUEST_INTERRUPTIBILITY), 9);
+    }
+
+    #[test]
+    fn the_next_instruction() {
+        for (long, rip, next) in [
+            (false, 0x1000, 0x1003),
+            (false, 0xffff, 0x1_0002),
+            (false, 0xffff_ffff, 2),
+            (true, 0x1000, 0x1003),
+            (true, 0xffff_ffff, 0x1_0000_0002),
+            (true, 0x7fff_ffff_ffff, 0x8000_0000_0002),
+            (true, u64::MAX, 2),
+        ] {
+            let mut host = TestHost::new(0);
+            if long {
+                host.set(Field::GUEST_EFER, EFER_LMA);
+                host.set(Field::GUEST_CS_AR, 0xa09b);
+            }
+            host.set(Field::GUEST_RIP, rip);
+            host.set(Field::EXIT_INSTRUCTION_LEN, 3);
+            advance_rip(&mut host).unwrap();
+            assert_eq!(host.field(Field::GUEST_RIP), next, "{long} {rip:#x}");
+        }
+        // Compatibility mode has a 32-bit instruction pointer too.
+        let mut host = TestHost::new(0);
+        host.set(Field::GUEST_EFER, EFER_LMA);
+        host.set(Field::GUEST_RIP, 0xffff_fffe);
+        host.set(Field::EXIT_INSTRUCTION_LEN, 2);
+        advance_rip(&mut host).unwrap();
+        assert_eq!(host.field(Field::GUEST_RIP), 0);
+    }
+
+    #[test]
+    fn an_instruction_that_ends_unblocks_and_single_steps() {
+        for (tf, btf, pending) in
+            [(false, false, 0), (true, false, 1 << 14), (true, true, 0), (false, true, 0)]
+        {
+            let mut host = TestHost::new(0);
+            host.set(Field::GUEST_RFLAGS, 2 | RFLAGS_RF | if tf { RFLAGS_TF } else { 0 });
+            host.set(Field::GUEST_DEBUGCTL, if btf { 2 } else { 0 });
+            host.set(Field::GUEST_INTERRUPTIBILITY, 0xb);
+            advance_rip(&mut host).unwrap();
+            assert_eq!(host.field(Field::GUEST_RFLAGS), 2 | if tf { RFLAGS_TF } else { 0 });
+            assert_eq!(host.field(Field::GUEST_INTERRUPTIBILITY), 8);
+            assert_eq!(host.field(Field::GUEST_PENDING_DEBUG), pending);
+        }
+    }
+}

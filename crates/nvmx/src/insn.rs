@@ -527,3 +527,6 @@ fn segment_allows(rights: u64, limit: u64, offset: u64, last: u64, access: Acces
     };
     type_allows && limit_allows
 }
+
+#[cfg(test)]
+mod tests;
