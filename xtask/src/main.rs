@@ -6,6 +6,7 @@ mod bochs;
 mod boot;
 mod demo;
 mod deviations;
+mod exact;
 mod foreign;
 mod guard;
 mod images;
