@@ -20,18 +20,18 @@ global_asm!(
 .section .data.boot_tables, "aw"
 .balign 4096
 boot_pml4:
-    .quad boot_pdpt + 0x3
+    .quad boot_pdpt + 0x7
     .fill 511, 8, 0
 boot_pdpt:
-    .quad boot_pd + 0x0003
-    .quad boot_pd + 0x1003
-    .quad boot_pd + 0x2003
-    .quad boot_pd + 0x3003
+    .quad boot_pd + 0x0007
+    .quad boot_pd + 0x1007
+    .quad boot_pd + 0x2007
+    .quad boot_pd + 0x3007
     .fill 508, 8, 0
 boot_pd:
     .set .Lframe, 0
     .rept 2048
-    .quad .Lframe + 0x83        /* present, writable, 2 MiB */
+    .quad .Lframe + 0x87        /* present, writable, CPL 3 too, 2 MiB */
     .set .Lframe, .Lframe + 0x200000
     .endr
 

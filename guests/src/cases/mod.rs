@@ -3,13 +3,17 @@
 use crate::suite::Case;
 
 pub mod harness;
+pub mod instructions;
+pub mod intercepts;
 pub mod l2;
 pub mod seed;
 
 /// Every case, file by file, in the order they run.
 pub const ALL: &[&[Case]] = &[
     harness::CASES,
+    instructions::CASES,
     l2::CASES,
+    intercepts::CASES,
     seed::S1,
     seed::S2,
     seed::S3,

@@ -7,6 +7,7 @@ pub mod ept;
 pub mod exit;
 pub mod paging;
 pub mod program;
+pub mod raw;
 pub mod views;
 pub mod vm;
 pub mod vmcs;
