@@ -15,6 +15,8 @@ mod controls;
 mod guest;
 mod host;
 mod segments;
+#[cfg(test)]
+mod tests;
 
 pub use controls::{ControlFailure, MsrArea, controls, vtpr_to_read};
 pub use guest::{
