@@ -142,10 +142,6 @@ pub trait L1Memory {
     /// EPT01's translation. Total: every address below the physical-address width has one; for
     /// others the answer is the page of ones.
     fn translate(&mut self, gpa: L1Gpa) -> L1Mapping;
-
-    /// Whether the page at `gpa` is RAM of L1, so that its real address may be given to the
-    /// processor in a VMCS of L2.
-    fn is_ram(&mut self, gpa: L1Gpa) -> bool;
 }
 
 /// The frames that the engine's tables live in: host memory that no guest reaches.

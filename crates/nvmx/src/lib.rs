@@ -13,17 +13,27 @@
 
 extern crate alloc;
 
+mod cache;
 pub mod caps;
 pub mod check;
+pub mod engine;
+mod enter;
 pub mod ept;
+mod exit;
 pub mod host;
 pub mod inject;
 pub mod insn;
+mod msr_area;
+mod msr_bitmap;
 pub mod paging;
 pub mod regs;
 #[cfg(test)]
 pub mod testing;
+pub mod tlb;
 pub mod vmcs12;
+mod vmfunc;
+mod vmx;
 
+pub use engine::{Config, Handled, Nested, Processor, VmfuncMode};
 pub use host::{Host, HostError, HostResult};
 pub use regs::Gprs;

@@ -102,10 +102,6 @@ impl L1Memory for Ram {
             size_shift: 12,
         }
     }
-
-    fn is_ram(&mut self, gpa: L1Gpa) -> bool {
-        gpa.page().checked_add(4095).is_some_and(|end| (end.as_u64() as usize) < self.bytes.len())
-    }
 }
 
 /// A host for tests.
@@ -220,10 +216,6 @@ impl L1Memory for TestHost {
 
     fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {
         self.ram.translate(gpa)
-    }
-
-    fn is_ram(&mut self, gpa: L1Gpa) -> bool {
-        self.ram.is_ram(gpa)
     }
 }
 

@@ -149,6 +149,11 @@ impl Vmcs12 {
         vmcs
     }
 
+    /// Sets the launch state to clear in a region whose VMCS is in memory only.
+    pub fn clear_in_memory(memory: &mut impl L1Memory, region: L1Gpa) {
+        write(memory, region, DATA_OFFSET, 0);
+    }
+
     /// Writes all values to the VMCS region in L1's memory, in our own format.
     pub fn store(&self, memory: &mut impl L1Memory, region: L1Gpa) {
         let mut at = DATA_OFFSET;

@@ -1,0 +1,323 @@
+//! What does a virtual machine whose guest is a hypervisor consist of, and who handles which exit?
+//!
+//! [`Nested`] is what all processors of L1 share, [`Processor`] what is one processor's own. The
+//! host hands over L1's exits for VMX instructions ([`Nested::l1_exit`]) and all exits of L2
+//! ([`Nested::l2_exit`]); afterwards the VMCS to enter is current, L1's or L2's as
+//! [`Processor::runs_l2`] says.
+
+use crate::cache::{VmcsCache, VmcsId};
+use crate::caps::Caps;
+use crate::ept::{Shadow, ShadowCounters, WalkRules};
+use crate::host::{Host, HostResult};
+use crate::msr_bitmap::MsrBitmap;
+use crate::paging::AddressSizes;
+use crate::tlb::Vpids;
+use crate::vmcs12::Vmcs12;
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use vmx_defs::ept::Eptp;
+use vmx_defs::field::{FIELDS, Kind};
+use vmx_defs::{Field, Hpa, L1Gpa};
+
+/// What VMFUNC leaf 0 of L2 does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum VmfuncMode {
+    /// Exits to L0, which changes to the cached root.
+    #[default]
+    Emulated,
+    /// Exits to L0, which throws every root away and builds the new one, as hypervisors without a
+    /// root cache do. To measure against.
+    Reload,
+}
+
+/// What the host decides for a virtual machine.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What L1 is offered.
+    pub caps: Caps,
+    /// What CPUID tells L1 about addresses.
+    pub sizes: AddressSizes,
+    /// First frame of the pool of shadow tables: host memory that no guest reaches.
+    pub frames: Hpa,
+    /// Number of frames in the pool, 16 or more.
+    pub frame_count: u32,
+    /// Greatest number of shadow roots, more than the number of processors.
+    pub roots: u32,
+    /// Number of L1's processors.
+    pub processors: usize,
+    /// VMCSs of L1 that are kept out of L1's memory at once, more than the number of processors.
+    pub vmcs_cache: usize,
+    /// What VMFUNC does.
+    pub vmfunc: VmfuncMode,
+    /// EPT01, which L2 runs on where L1 gives it no EPT.
+    pub ept01: Eptp,
+}
+
+/// What the processors of a virtual machine share.
+#[derive(Debug)]
+pub struct Nested {
+    pub(crate) config: Config,
+    pub(crate) vmcss: VmcsCache,
+    pub(crate) shadow: Shadow,
+    /// Guest-state fields that are copied between vmcs12 and vmcs02 as they are.
+    pub(crate) plain_guest: Vec<Field>,
+    /// Control fields that are copied from vmcs12 to vmcs02 as they are.
+    pub(crate) plain_controls: Vec<Field>,
+}
+
+/// The current VMCS of an L1 processor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Current {
+    pub(crate) region: L1Gpa,
+    pub(crate) id: VmcsId,
+}
+
+/// Counts of one processor, for the counters of the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ProcessorCounters {
+    /// VM entries of L1 that succeeded.
+    pub entries: u64,
+    /// Exits of L2 that L1 got.
+    pub reflected: u64,
+    /// EPTP switches by emulated VMFUNC.
+    pub switches: u64,
+}
+
+/// One processor of L1.
+#[derive(Debug)]
+pub struct Processor {
+    pub(crate) number: usize,
+    pub(crate) vmcs01: Hpa,
+    pub(crate) vmcs02: Hpa,
+    /// The VMXON region, while L1 is in VMX operation.
+    pub(crate) vmxon: Option<L1Gpa>,
+    pub(crate) current: Option<Current>,
+    pub(crate) running: bool,
+    pub(crate) launched: bool,
+    /// Whether `values` holds what vmcs02 does.
+    pub(crate) known: bool,
+    /// The values last written to or read from vmcs02, so that only what differs is written.
+    pub(crate) values: Box<Vmcs12>,
+    pub(crate) bitmap: MsrBitmap,
+    /// A frame that stands for a page which L0 hides, where the processor may write to it.
+    pub(crate) scratch: Hpa,
+    pub(crate) vpids: Vpids,
+    pub(crate) counters: ProcessorCounters,
+}
+
+/// What the host has to do after an exit, besides entering the VMCS that is current.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Handled {
+    /// Nothing.
+    Enter,
+    /// The exit is not one that the engine knows: the host handles it as for any guest.
+    NotMine,
+    /// The L1 processor is in shutdown after a VMX abort or a triple fault: it waits for INIT. The
+    /// VMCS of L1 is current.
+    Shutdown,
+}
+
+/// Host-state fields that the processor loads at every exit, of L1 and of L2 alike.
+const HOST_FIELDS: [Field; 22] = [
+    Field::HOST_ES_SELECTOR,
+    Field::HOST_CS_SELECTOR,
+    Field::HOST_SS_SELECTOR,
+    Field::HOST_DS_SELECTOR,
+    Field::HOST_FS_SELECTOR,
+    Field::HOST_GS_SELECTOR,
+    Field::HOST_TR_SELECTOR,
+    Field::HOST_PAT,
+    Field::HOST_EFER,
+    Field::HOST_SYSENTER_CS,
+    Field::HOST_CR0,
+    Field::HOST_CR3,
+    Field::HOST_CR4,
+    Field::HOST_FS_BASE,
+    Field::HOST_GS_BASE,
+    Field::HOST_TR_BASE,
+    Field::HOST_GDTR_BASE,
+    Field::HOST_IDTR_BASE,
+    Field::HOST_SYSENTER_ESP,
+    Field::HOST_SYSENTER_EIP,
+    Field::HOST_RSP,
+    Field::HOST_RIP,
+];
+
+impl Nested {
+    /// A virtual machine. Allocates all that it will ever need.
+    pub fn new(config: Config) -> Self {
+        let rules =
+            WalkRules { caps: config.caps.ept_vpid, physical_width: config.caps.physical_width };
+        let shadow =
+            Shadow::new(rules, config.frames, config.frame_count, config.roots, config.processors);
+        let offered = |field: &Field| config.caps.supports(*field);
+        let fields = || FIELDS.iter().map(|(field, _)| *field).filter(offered);
+        let plain_guest = fields().filter(|field| is_plain_guest(*field)).collect();
+        let plain_controls = fields().filter(|field| is_plain_control(*field)).collect();
+        let vmcss = VmcsCache::new(config.vmcs_cache);
+        Self { config, vmcss, shadow, plain_guest, plain_controls }
+    }
+
+    /// A processor of the machine, with its number below [`Config::processors`]. `vmcs01` is
+    /// current, with its host state complete; `vmcs02` has been cleared; `bitmap` and `scratch` are
+    /// frames for the processor alone. Afterwards `vmcs01` is current again.
+    ///
+    /// # Errors
+    /// Those of the VMX instructions.
+    pub fn processor(
+        &self,
+        host: &mut impl Host,
+        number: usize,
+        vmcs01: Hpa,
+        vmcs02: Hpa,
+        bitmap: Hpa,
+        scratch: Hpa,
+    ) -> HostResult<Processor> {
+        let mut state = [0; HOST_FIELDS.len()];
+        for (value, field) in state.iter_mut().zip(HOST_FIELDS) {
+            *value = host.vmread(field)?;
+        }
+        host.vmptrld(vmcs02)?;
+        for (value, field) in state.into_iter().zip(HOST_FIELDS) {
+            host.vmwrite(field, value)?;
+        }
+        let bitmap = MsrBitmap::new(host, bitmap);
+        host.vmwrite(Field::MSR_BITMAP, bitmap.page().as_u64())?;
+        host.vmwrite(Field::VMCS_LINK_POINTER, u64::MAX)?;
+        for field in
+            [Field::EXIT_MSR_STORE_COUNT, Field::EXIT_MSR_LOAD_COUNT, Field::ENTRY_MSR_LOAD_COUNT]
+        {
+            host.vmwrite(field, 0)?;
+        }
+        if self.config.caps.supports(Field::VM_FUNCTION_CONTROLS) {
+            // No function is the processor's to carry out: each exits.
+            host.vmwrite(Field::VM_FUNCTION_CONTROLS, 0)?;
+        }
+        host.vmptrld(vmcs01)?;
+        Ok(Processor {
+            number,
+            vmcs01,
+            vmcs02,
+            vmxon: None,
+            current: None,
+            running: false,
+            launched: false,
+            known: false,
+            values: Box::default(),
+            bitmap,
+            scratch,
+            vpids: Vpids::new(),
+            counters: ProcessorCounters::default(),
+        })
+    }
+
+    /// What L1 is offered.
+    pub fn caps(&self) -> &Caps {
+        &self.config.caps
+    }
+
+    /// What the shadow MMU did.
+    pub fn shadow_counters(&self) -> ShadowCounters {
+        self.shadow.counters()
+    }
+
+    /// Number of shadow tables and of roots in use.
+    pub fn shadow_usage(&self) -> (usize, usize) {
+        self.shadow.usage()
+    }
+
+    /// The vmcs12 that is current on a processor.
+    pub(crate) fn vmcs12(&self, processor: &Processor) -> Option<&Vmcs12> {
+        self.vmcss.get(processor.current?.id)
+    }
+
+    /// INIT or a reset of the virtual machine reaches a processor that is not in L2: it leaves VMX
+    /// operation. Its current VMCS stays in the cache, and so keeps its data.
+    pub fn reset_processor(&mut self, processor: &mut Processor) {
+        self.drop_current(processor);
+        processor.vmxon = None;
+    }
+
+    /// The processor has no current VMCS any more.
+    pub(crate) fn drop_current(&mut self, processor: &mut Processor) {
+        if let Some(current) = processor.current.take() {
+            self.vmcss.release(current.id);
+        }
+    }
+}
+
+impl Processor {
+    /// Whether the VMCS of L2 is current and to be entered, rather than that of L1.
+    #[inline]
+    pub fn runs_l2(&self) -> bool {
+        self.running
+    }
+
+    /// Whether the VMCS that is current has to be entered by VMLAUNCH, where that is the one of L2.
+    #[inline]
+    pub fn needs_launch(&self) -> bool {
+        !self.launched
+    }
+
+    /// Whether L1 is in VMX operation on this processor.
+    #[inline]
+    pub fn in_vmx_operation(&self) -> bool {
+        self.vmxon.is_some()
+    }
+
+    /// What was counted.
+    pub fn counters(&self) -> ProcessorCounters {
+        self.counters
+    }
+
+    /// INVVPID instructions executed for L1's VPID rules.
+    pub fn vpid_flushes(&self) -> u64 {
+        self.vpids.flushes
+    }
+}
+
+/// Guest-state fields that VM entry and exit copy without a condition.
+fn is_plain_guest(field: Field) -> bool {
+    field.kind() == Kind::Guest
+        && !matches!(
+            field,
+            // L0's own: no shadow VMCS is offered.
+            Field::VMCS_LINK_POINTER
+            // Loaded and saved as controls say.
+            | Field::GUEST_DEBUGCTL
+            | Field::GUEST_DR7
+            | Field::GUEST_PAT
+            | Field::GUEST_EFER
+            | Field::PREEMPTION_TIMER
+            // In use with PAE paging and EPT only.
+            | Field::GUEST_PDPTE0
+            | Field::GUEST_PDPTE1
+            | Field::GUEST_PDPTE2
+            | Field::GUEST_PDPTE3
+        )
+}
+
+/// Control fields that L2 runs with as L1 wrote them.
+fn is_plain_control(field: Field) -> bool {
+    matches!(
+        field,
+        Field::TSC_OFFSET
+            | Field::TSC_MULTIPLIER
+            | Field::XSS_EXITING_BITMAP
+            | Field::EXCEPTION_BITMAP
+            | Field::PF_ERROR_MASK
+            | Field::PF_ERROR_MATCH
+            | Field::CR3_TARGET_COUNT
+            | Field::CR3_TARGET0
+            | Field::CR3_TARGET1
+            | Field::CR3_TARGET2
+            | Field::CR3_TARGET3
+            | Field::CR0_MASK
+            | Field::CR4_MASK
+            | Field::CR0_SHADOW
+            | Field::CR4_SHADOW
+            | Field::TPR_THRESHOLD
+            | Field::PLE_GAP
+            | Field::PLE_WINDOW
+    )
+}

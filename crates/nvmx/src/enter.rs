@@ -1,0 +1,272 @@
+//! How does L1's VM entry become one of the processor's?
+//!
+//! The checks of SDM Vol. 3C, "VM Entries", on vmcs12's values; then vmcs02 is made of vmcs12, of
+//! what L1's processor holds where vmcs12 says nothing, and of L0's own needs.
+
+use crate::cache::VmcsId;
+use crate::caps::Caps;
+use crate::check;
+use crate::engine::{Handled, Nested, Processor};
+use crate::exit::ExitInfo;
+use crate::host::{Host, HostError, HostResult, Vmx};
+use crate::msr_area;
+use crate::paging::{CR0_PG, EFER_LMA};
+use crate::vmcs12::{LaunchState, Vmcs12};
+use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls, ProcCtls2};
+use vmx_defs::{EptPermissions, ExitReason, Field, Hpa, L1Gpa, VmInstructionError};
+
+/// IA32_EFER.LME.
+pub(crate) const EFER_LME: u64 = 1 << 8;
+
+/// What became of a VMLAUNCH or VMRESUME.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Entry {
+    /// vmcs02 is current and L2 runs next; or the entry failed in a way that L1 sees as an exit,
+    /// and vmcs01 is current.
+    Done(Handled),
+    /// VMfailValid with this number.
+    Fail(VmInstructionError),
+}
+
+/// Writes fields of vmcs02, but only what differs from what stands there.
+pub(crate) struct Vmcs02Writer<'a, H> {
+    pub(crate) host: &'a mut H,
+    pub(crate) values: &'a mut Vmcs12,
+    pub(crate) known: bool,
+}
+
+impl<H: Vmx> Vmcs02Writer<'_, H> {
+    #[inline]
+    fn write(&mut self, field: Field, value: u64) -> HostResult {
+        if self.known && self.values.get(field) == value {
+            return Ok(());
+        }
+        self.values.set(field, value);
+        self.host.vmwrite(field, value)
+    }
+}
+
+/// What L1's processor holds that L2 gets where vmcs12 does not load it.
+struct L1State {
+    efer: u64,
+    pat: u64,
+    dr7: u64,
+    debugctl: u64,
+}
+
+impl Nested {
+    /// Carries out a VM entry of L1 on its current VMCS `id`, whose launch state fits. vmcs01 is
+    /// current.
+    pub(crate) fn enter(
+        &mut self,
+        processor: &mut Processor,
+        host: &mut impl Host,
+        id: VmcsId,
+        region: L1Gpa,
+    ) -> HostResult<Entry> {
+        let caps = &self.config.caps;
+        let vmcs = self.vmcss.get(id).ok_or(HostError::WrongState)?;
+
+        let l1 = L1State {
+            efer: host.vmread(Field::GUEST_EFER)?,
+            pat: host.vmread(Field::GUEST_PAT)?,
+            dr7: host.vmread(Field::GUEST_DR7)?,
+            debugctl: host.vmread(Field::GUEST_DEBUGCTL)?,
+        };
+        let mut vtpr = [0];
+        if let Some(at) = check::vtpr_to_read(vmcs, caps) {
+            host.read(at, &mut vtpr);
+        }
+        let [vtpr] = vtpr;
+        if check::controls(vmcs, caps, vtpr).is_err() {
+            return Ok(Entry::Fail(VmInstructionError::EntryControls));
+        }
+        if check::host_state(vmcs, caps, l1.efer & EFER_LMA != 0).is_err() {
+            return Ok(Entry::Fail(VmInstructionError::EntryHostState));
+        }
+
+        let mut inputs =
+            check::GuestInputs { current_vmcs: region, link_revision: 0, pdptes: [0; 4] };
+        if let Some(at) = check::link_to_read(vmcs, caps) {
+            let mut revision = [0; 4];
+            host.read(at, &mut revision);
+            inputs.link_revision = u32::from_le_bytes(revision);
+        }
+        if let Some(at) = check::pdptes_to_read(vmcs) {
+            inputs.pdptes = read_pdptes(host, at);
+        }
+        if let Err(failure) = check::guest_state(vmcs, caps, &inputs) {
+            let info =
+                ExitInfo::entry_failure(ExitReason::ENTRY_GUEST_STATE, failure.qualification());
+            return self.fail_entry(processor, host, id, info).map(Entry::Done);
+        }
+
+        host.vmptrld(processor.vmcs02)?;
+        let vpid12 = vmcs.has_vpid().then(|| vmcs.get(Field::VPID) as u16);
+        let vpid02 = processor.vpids.enter(host, vpid12)?;
+        processor.bitmap.merge(host, vmcs);
+        let eptp02 = if vmcs.has_ept() {
+            self.shadow.switch(host, processor.number, vmcs.eptp())?
+        } else {
+            self.config.ept01
+        };
+
+        let mut writer = Vmcs02Writer {
+            host: &mut *host,
+            values: &mut processor.values,
+            known: processor.known,
+        };
+        writer.write(Field::VPID, vpid02.into())?;
+        for field in &self.plain_controls {
+            writer.write(*field, plain_control(vmcs, *field))?;
+        }
+        for field in &self.plain_guest {
+            writer.write(*field, vmcs.get(*field))?;
+        }
+        write_controls(&mut writer, vmcs, caps, processor.scratch)?;
+        write_switched_state(&mut writer, vmcs, &l1)?;
+        let timer = vmcs.pin().contains(PinCtls::PREEMPTION_TIMER);
+        if timer {
+            writer.write(Field::PREEMPTION_TIMER, vmcs.get(Field::PREEMPTION_TIMER))?;
+        }
+        if check::pae_paging(vmcs) {
+            // Without EPT the processor would have loaded them from L1's memory; vmcs02 has EPT.
+            let pdptes =
+                if vmcs.has_ept() { PDPTES.map(|field| vmcs.get(field)) } else { inputs.pdptes };
+            for (field, value) in PDPTES.into_iter().zip(pdptes) {
+                writer.write(field, value)?;
+            }
+        }
+        processor.known = true;
+
+        // What the processor changes behind the writer's back is written always.
+        host.vmwrite(Field::EPT_POINTER, eptp02.into_bits())?;
+        for field in
+            [Field::ENTRY_INTR_INFO, Field::ENTRY_EXCEPTION_ERROR, Field::ENTRY_INSTRUCTION_LEN]
+        {
+            host.vmwrite(field, vmcs.get(field))?;
+        }
+        let entry = vmcs.entry_ctls()
+            | EntryCtls::LOAD_EFER
+            | EntryCtls::LOAD_PAT
+            | EntryCtls::LOAD_DEBUG_CONTROLS;
+        host.vmwrite(Field::ENTRY_CTLS, caps.entry.adjust(entry.bits()).into())?;
+
+        let area = L1Gpa::new(vmcs.get(Field::ENTRY_MSR_LOAD_ADDR));
+        let count = vmcs.get32(Field::ENTRY_MSR_LOAD_COUNT);
+        if let Err(bad) = msr_area::load(host, area, count) {
+            host.vmptrld(processor.vmcs01)?;
+            let info = ExitInfo::entry_failure(ExitReason::ENTRY_MSR_LOADING, bad.0);
+            return self.fail_entry(processor, host, id, info).map(Entry::Done);
+        }
+
+        if vmcs.has_ept() {
+            self.shadow.flush_if_asked(host, processor.number)?;
+        }
+        if let Some(vmcs) = self.vmcss.get_mut(id) {
+            vmcs.launch_state = LaunchState::Launched;
+        }
+        processor.running = true;
+        processor.counters.entries += 1;
+        Ok(Entry::Done(Handled::Enter))
+    }
+}
+
+/// The PDPTE fields, in order.
+pub(crate) const PDPTES: [Field; 4] =
+    [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
+
+/// Copies the four PDPTEs that CR3 points to.
+pub(crate) fn read_pdptes(host: &mut impl Host, at: L1Gpa) -> [u64; 4] {
+    let mut bytes = [[0; 8]; 4];
+    host.read(at, bytes.as_flattened_mut());
+    bytes.map(u64::from_le_bytes)
+}
+
+/// A control that L2 runs with as L1 wrote it, or as it acts where another control disables it.
+#[inline]
+fn plain_control(vmcs: &Vmcs12, field: Field) -> u64 {
+    let acts = match field {
+        Field::TSC_OFFSET => vmcs.proc().contains(ProcCtls::TSC_OFFSETTING),
+        _ => true,
+    };
+    if acts { vmcs.get(field) } else { 0 }
+}
+
+/// The controls of which L0 adds some: EPT, VPID and the MSR bitmap are always in use, exits always
+/// save and load what L1's entries and exits may.
+fn write_controls<H: Host>(
+    writer: &mut Vmcs02Writer<'_, H>,
+    vmcs: &Vmcs12,
+    caps: &Caps,
+    scratch: Hpa,
+) -> HostResult {
+    let pin = vmcs.pin();
+    writer.write(Field::PIN_CTLS, caps.pin.adjust(pin.bits()).into())?;
+    let proc = vmcs.proc() | ProcCtls::MSR_BITMAPS | ProcCtls::SECONDARY_CONTROLS;
+    writer.write(Field::PROC_CTLS, caps.proc.adjust(proc.bits()).into())?;
+    let proc2 = vmcs.proc2() | ProcCtls2::EPT | ProcCtls2::VPID;
+    writer.write(Field::PROC_CTLS2, caps.proc2.adjust(proc2.bits()).into())?;
+
+    let mut exit = ExitCtls::HOST_ADDRESS_SPACE_SIZE
+        | ExitCtls::SAVE_DEBUG_CONTROLS
+        | ExitCtls::SAVE_PAT
+        | ExitCtls::LOAD_PAT
+        | ExitCtls::SAVE_EFER
+        | ExitCtls::LOAD_EFER
+        | vmcs.exit_ctls() & ExitCtls::ACK_INTERRUPT;
+    // Always saved, since exits that L0 handles must not lose it.
+    exit.set(ExitCtls::SAVE_PREEMPTION_TIMER, pin.contains(PinCtls::PREEMPTION_TIMER));
+    writer.write(Field::EXIT_CTLS, caps.exit.adjust(exit.bits()).into())?;
+
+    // Pages that the processor accesses by real address, as EPT01 has them. What L0 hides reads as
+    // ones: where the processor would write there too, it gets a page of its own.
+    let mut page = |active: bool, field: Field, written: bool| {
+        if !active {
+            return Ok(());
+        }
+        let mapping = writer.host.translate(L1Gpa::new(vmcs.get(field)));
+        let mut hpa = mapping.hpa;
+        if written && !mapping.permissions.contains(EptPermissions::WRITE) {
+            writer.host.fill(scratch, u64::MAX);
+            hpa = scratch;
+        }
+        writer.write(field, hpa.as_u64())
+    };
+    page(proc.contains(ProcCtls::IO_BITMAPS), Field::IO_BITMAP_A, false)?;
+    page(proc.contains(ProcCtls::IO_BITMAPS), Field::IO_BITMAP_B, false)?;
+    page(proc.contains(ProcCtls::TPR_SHADOW), Field::VIRTUAL_APIC_ADDR, true)?;
+    let apic_access = proc2.contains(ProcCtls2::VIRTUALIZE_APIC_ACCESSES);
+    page(apic_access, Field::APIC_ACCESS_ADDR, false)
+}
+
+/// State that L2 gets from vmcs12 or keeps from L1, as the VM-entry controls say (SDM Vol. 3C,
+/// "Loading Guest Control Registers, Debug Registers, and MSRs"). vmcs02 always loads it.
+fn write_switched_state<H: Host>(
+    writer: &mut Vmcs02Writer<'_, H>,
+    vmcs: &Vmcs12,
+    l1: &L1State,
+) -> HostResult {
+    let entry = vmcs.entry_ctls();
+    let (dr7, debugctl) = if entry.contains(EntryCtls::LOAD_DEBUG_CONTROLS) {
+        (vmcs.get(Field::GUEST_DR7), vmcs.get(Field::GUEST_DEBUGCTL))
+    } else {
+        (l1.dr7, l1.debugctl)
+    };
+    writer.write(Field::GUEST_DR7, dr7)?;
+    writer.write(Field::GUEST_DEBUGCTL, debugctl)?;
+    let pat = if entry.contains(EntryCtls::LOAD_PAT) { vmcs.get(Field::GUEST_PAT) } else { l1.pat };
+    writer.write(Field::GUEST_PAT, pat)?;
+    let efer = if entry.contains(EntryCtls::LOAD_EFER) {
+        vmcs.get(Field::GUEST_EFER)
+    } else {
+        // LMA follows the mode; LME does where the guest has paging.
+        let ia32e = entry.contains(EntryCtls::IA32E_MODE_GUEST);
+        let mut efer = l1.efer & !EFER_LMA | if ia32e { EFER_LMA } else { 0 };
+        if vmcs.get(Field::GUEST_CR0) & CR0_PG != 0 {
+            efer = efer & !EFER_LME | if ia32e { EFER_LME } else { 0 };
+        }
+        efer
+    };
+    writer.write(Field::GUEST_EFER, efer)
+}
