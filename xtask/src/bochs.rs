@@ -13,16 +13,25 @@ use regex::Regex;
 
 use crate::guard::Guarded;
 
+/// Bochs's own debugger. It stops at a prompt unless told to go on; only with it does the exit
+/// status tell how the guest ended the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Debugger {
+    /// Not built in.
+    Absent,
+    /// Built in, and always on (2.7).
+    Always,
+    /// Built in, and on if asked for (3.0).
+    OnRequest,
+}
+
 /// A Bochs that can be started.
 #[derive(Debug, Clone)]
 pub(crate) struct Bochs {
     program: PathBuf,
     /// Its version, for example `2.7`.
     pub(crate) version: String,
-    /// Whether it was built with its debugger, which stops at a prompt unless told to go on.
-    debugger: bool,
-    /// The folder of the BIOS images.
-    share: PathBuf,
+    debugger: Debugger,
 }
 
 impl Bochs {
@@ -44,37 +53,34 @@ impl Bochs {
         let Some((version, debugger)) = parse_help(&text) else {
             bail!("{} does not say that it is Bochs:\n{text}", program.display());
         };
-        let share = std::env::var_os("BXSHARE").map(PathBuf::from);
-        Ok(Self {
-            share: share.or_else(|| share_beside(&program)).unwrap_or("/usr/share/bochs".into()),
-            program,
-            version,
-            debugger,
-        })
+        Ok(Self { program, version, debugger })
     }
 
     /// Whether the exit status tells how the guest ended the machine.
     pub(crate) fn has_verdict(&self) -> bool {
-        self.debugger
+        self.debugger != Debugger::Absent
     }
 
     /// Starts the machine in `folder`, which holds its image; COM1 goes to `serial.log` there.
     pub(crate) fn start(&self, machine: &Machine, folder: &Path) -> Result<Guarded> {
-        fs::write(folder.join("bochsrc"), self.bochsrc(machine))?;
+        fs::write(folder.join("bochsrc"), Self::bochsrc(machine))?;
         let mut arguments: Vec<OsString> = ["-q", "-f", "bochsrc"].map(OsString::from).to_vec();
-        if self.debugger {
+        if self.debugger == Debugger::OnRequest {
+            arguments.push("-debugger".into());
+        }
+        if self.debugger != Debugger::Absent {
             fs::write(folder.join("debugger.rc"), "c\nq\n")?;
             arguments.extend(["-rc", "debugger.rc"].map(OsString::from));
         }
         Guarded::start(&self.program, &arguments, folder, "bochs.out")
     }
 
-    fn bochsrc(&self, machine: &Machine) -> String {
+    fn bochsrc(machine: &Machine) -> String {
         let Machine { cpus, mem_mib } = machine;
-        let share = self.share.display();
         // Bochs needs only a part of the guest's memory resident, and accepts no more than 2048.
         let host = mem_mib.min(&2048);
         let mut text = String::new();
+        // Bochs knows where its BIOS images are, and calls it BXSHARE if nobody else did.
         // A low `ips` shortens the waiting loops of BIOS and GRUB, which count time and not
         // instructions. Debian's build has no display without a window but `rfb`. Without a dummy
         // sound driver the ALSA library may kill Bochs on machines that have no sound card.
@@ -84,8 +90,8 @@ impl Bochs {
              display_library: rfb, options=\"timeout=0\"\n\
              cpu: model=corei7_skylake_x, count={cpus}, ips=4000000, reset_on_triple_fault=0\n\
              memory: guest={mem_mib}, host={host}\n\
-             romimage: file={share}/BIOS-bochs-latest\n\
-             vgaromimage: file={share}/VGABIOS-lgpl-latest\n\
+             romimage: file=$BXSHARE/BIOS-bochs-latest\n\
+             vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest\n\
              ata0-master: type=cdrom, path=boot.iso, status=inserted\n\
              boot: cdrom\n\
              sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy\n\
@@ -117,17 +123,16 @@ impl Default for Machine {
 }
 
 /// Version, and whether there is a debugger.
-fn parse_help(text: &str) -> Option<(String, bool)> {
+fn parse_help(text: &str) -> Option<(String, Debugger)> {
     let version = Regex::new(r"Bochs x86 Emulator (\d[\w.]*)").ok()?;
     let version = version.captures(text)?.get(1)?.as_str().to_owned();
-    let debugger = text.lines().any(|line| line.trim_start().starts_with("-rc "));
+    let offers = |option| text.lines().any(|line| line.trim_start().starts_with(option));
+    let debugger = match (offers("-debugger "), offers("-rc ")) {
+        (true, _) => Debugger::OnRequest,
+        (false, true) => Debugger::Always,
+        (false, false) => Debugger::Absent,
+    };
     Some((version, debugger))
-}
-
-/// `PREFIX/share/bochs` for `PREFIX/bin/bochs`, if the BIOS is there.
-fn share_beside(program: &Path) -> Option<PathBuf> {
-    let share = program.parent()?.parent()?.join("share/bochs");
-    share.join("BIOS-bochs-latest").exists().then_some(share)
 }
 
 #[cfg(test)]
@@ -137,23 +142,20 @@ mod tests {
     #[test]
     fn help_tells_version_and_debugger() {
         let banner = "====\n          Bochs x86 Emulator 2.7\n  Built from SVN\n";
-        let debugger = "  -log filename    specify\n  -rc filename     execute\n";
-        assert_eq!(parse_help(banner), Some(("2.7".into(), false)));
-        assert_eq!(parse_help(&format!("{debugger}{banner}")), Some(("2.7".into(), true)));
+        let always = "  -log filename    specify\n  -rc filename     execute\n";
+        let on_request = "  -debugger        start\n  -rc filename     execute\n";
+        let parse = |options: &str| parse_help(&format!("{options}{banner}"));
+        assert_eq!(parse(""), Some(("2.7".into(), Debugger::Absent)));
+        assert_eq!(parse(always), Some(("2.7".into(), Debugger::Always)));
+        assert_eq!(parse(on_request), Some(("2.7".into(), Debugger::OnRequest)));
         assert_eq!(parse_help("Usage: qemu"), None);
     }
 
     #[test]
     fn the_machine_is_as_asked() {
-        let bochs = Bochs {
-            program: "bochs".into(),
-            version: "2.7".into(),
-            debugger: true,
-            share: "/share".into(),
-        };
-        let text = bochs.bochsrc(&Machine { cpus: 2, mem_mib: 4096 });
+        let text = Bochs::bochsrc(&Machine { cpus: 2, mem_mib: 4096 });
         assert!(text.contains("count=2,"));
         assert!(text.contains("memory: guest=4096, host=2048\n"));
-        assert!(text.contains("romimage: file=/share/BIOS-bochs-latest\n"));
+        assert!(text.contains("romimage: file=$BXSHARE/BIOS-bochs-latest\n"));
     }
 }
