@@ -22,7 +22,7 @@ core::arch::global_asm!(
     nvmx_start32:
         cli
         cld
-        mov esp, offset boot_stack_top
+        mov esp, offset nvmx_boot_stack_top
         mov esi, offset text_not_multiboot2
         cmp eax, 0x36D76289
         jne boot_fail
@@ -105,7 +105,7 @@ core::arch::global_asm!(
         mov ss, eax
         mov fs, eax
         mov gs, eax
-        lea rsp, [boot_stack_top]
+        lea rsp, [nvmx_boot_stack_top]
         mov edi, edi
         xor ebp, ebp
         call {start}
@@ -125,10 +125,10 @@ core::arch::global_asm!(
     boot_pml4: .skip 4096
     boot_pdpt: .skip 4096
     boot_pd: .skip 4 * 4096
-    .global nvmx_boot_stack_guard
+    .global nvmx_boot_stack_guard, nvmx_boot_stack_top
     nvmx_boot_stack_guard: .skip 4096
     .skip {stack}
-    boot_stack_top:
+    nvmx_boot_stack_top:
     "#,
     start = sym crate::start_of_rust,
     stack = const BOOT_STACK,

@@ -121,12 +121,13 @@ pub(crate) unsafe fn load(
             image_module.bytes.len() as usize,
         )
     };
-    let plan = match multiboot::plan(image) {
+    let mut plan = match multiboot::plan(image) {
         Ok(plan) => plan,
         Err(_) if is_linux(image) => return Err(LoadError::Linux),
         Err(error) => return Err(LoadError::Header(error)),
     };
 
+    plan.segments.retain_mut(|segment| !lies_in_rom(segment, map));
     for segment in &plan.segments {
         if !map.ram().any(|ram| ram.contains(segment.to)) {
             return Err(LoadError::SegmentOutsideRam(segment.to));
@@ -177,6 +178,24 @@ pub(crate) unsafe fn load(
         direct::<u8>(at.start).copy_from_nonoverlapping(information.as_ptr(), information.len());
     }
     Ok(Start { entry, information: at.start as u32 })
+}
+
+/// Below this address the PC has ROM too.
+const LOW_MEMORY: u64 = 1 << 20;
+
+/// Whether `segment` lies in the ROM below 1 MiB; one that only begins there loses that part.
+///
+/// A kernel linked at 1 MiB often has its ELF header in a segment of the page below, and boot
+/// loaders write that to where nothing keeps it. Nobody misses it, and neither do we.
+fn lies_in_rom(segment: &mut Segment, map: &MemoryMap) -> bool {
+    let low = Span { start: segment.to.start, end: segment.to.end.min(LOW_MEMORY) };
+    if low.is_empty() || map.ram().any(|ram| ram.overlaps(low)) {
+        return false;
+    }
+    let dropped = (low.len() as usize).min(segment.from.len());
+    segment.from.start += dropped;
+    segment.to.start = low.end;
+    segment.to.is_empty()
 }
 
 /// Writes a segment to memory: its bytes, and zeros behind them.

@@ -14,12 +14,20 @@ extern crate std;
 
 mod boot;
 mod console;
+mod counters;
+mod ept01;
 mod exit;
+mod guest_cpuid;
+mod guest_cr;
+mod guest_msr;
 mod handover;
+mod host;
 mod l1;
 #[cfg(freestanding)]
 mod lang;
+mod machine;
 mod msr;
+mod mtrr;
 mod multiboot;
 mod options;
 mod paging;
@@ -27,15 +35,24 @@ mod phys;
 mod processor;
 mod region;
 mod trap;
+mod vcpu;
 mod world;
 
 use alloc::vec::Vec;
+use core::arch::x86_64::{__cpuid, __cpuid_count};
+
+use arrayvec::ArrayVec;
+use nvmx::caps::{Caps, HardwareCaps};
+use vmx_defs::msr::{self as number, EptVpidCap};
 
 use crate::console::fail;
+use crate::ept01::Ept01;
 use crate::handover::Handover;
+use crate::machine::Machine;
 use crate::options::{Options, VmfuncMode};
 use crate::phys::{Span, direct};
 use crate::region::Region;
+use crate::vcpu::Vcpu;
 
 /// The image is for a bare machine.
 #[cfg(not(freestanding))]
@@ -50,6 +67,17 @@ fn main() {
 unsafe fn bytes_at(span: Span) -> &'static [u8] {
     // SAFETY: as the caller promises.
     unsafe { core::slice::from_raw_parts(direct::<u8>(span.start), span.len() as usize) }
+}
+
+/// A module's string as it was written: GRUB puts a backslash before quotes and backslashes.
+fn as_written(string: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(string.len());
+    let mut bytes = string.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        let escaped = bytes.next_if(|next| byte == b'\\' && matches!(next, b'\\' | b'\'' | b'"'));
+        text.push(escaped.unwrap_or(byte));
+    }
+    text
 }
 
 /// The first Rust code: `information` is the physical address of GRUB's boot information.
@@ -69,7 +97,7 @@ extern "C" fn start_of_rust(information: u32) -> ! {
     console::set_enabled(options.console);
     say!("nvmx {}", env!("CARGO_PKG_VERSION"));
 
-    let mut avoid: Vec2 = Vec2::new();
+    let mut avoid: ArrayVec<Span, { handover::MAX_MODULES + 2 }> = ArrayVec::new();
     avoid.push(handover.information);
     avoid.push(paging::image_as_loaded());
     avoid.extend(handover.modules.iter().map(|module| module.bytes));
@@ -83,7 +111,7 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         .map(|module| l1::Module {
             bytes: module.bytes,
             // SAFETY: the information is still where GRUB put it.
-            string: unsafe { bytes_at(module.string) }.to_vec(),
+            string: as_written(unsafe { bytes_at(module.string) }),
         })
         .collect();
 
@@ -106,8 +134,53 @@ extern "C" fn start_of_rust(information: u32) -> ! {
     if options.vmfunc == VmfuncMode::Exitless {
         say!("vmfunc=exitless is not there yet: emulated");
     }
+    if let Err(error) = vcpu::check_available() {
+        fail(format_args!("{error}"));
+    }
+    let hardware = hardware_caps();
+    let caps = match Caps::offered(&hardware) {
+        Ok(caps) => caps,
+        Err(missing) => fail(format_args!("the processor lacks {missing}")),
+    };
+    let has_1g_pages = EptVpidCap::from_bits_retain(hardware.msr(number::VMX_EPT_VPID_CAP))
+        .contains(EptVpidCap::PAGE_1G);
+    let ept01 = Ept01::new(&mut region, hardware.physical_width, has_1g_pages);
+    let frames = vcpu::take_frames(&mut region);
+    let machine = Machine::install(Machine::new(options, &map, caps, hardware, ept01));
+    let stack_top = paging::boot_stack_top();
+    // SAFETY: this is the first processor, and this function never returns to its stack.
+    let vcpu = match unsafe { Vcpu::new(machine, processor, frames, stack_top) } {
+        Ok(vcpu) => vcpu,
+        Err(error) => fail(format_args!("{error}")),
+    };
     drop(modules);
-    fail(format_args!("L1 at {:#x} {:#x}", start.entry, start.information))
+    say!("L1 starts at {:#x}", start.entry);
+    // SAFETY: as above; vmcs01 is current.
+    unsafe { vcpu.start_multiboot(start, stack_top) }
 }
-/// Space for what the heap isn't there for yet.
-type Vec2 = arrayvec::ArrayVec<Span, { handover::MAX_MODULES + 2 }>;
+
+/// What this processor reports of VMX, and of what VM entries check.
+fn hardware_caps() -> HardwareCaps {
+    let sizes = __cpuid(0x8000_0008).eax;
+    let extended = __cpuid(0x8000_0001).edx;
+    let has_leaf_7 = __cpuid(0).eax >= 7;
+    let structured = __cpuid_count(7, 0);
+    let bit = |word: u32, from: u32, to: u32| u64::from(word >> from & 1) << to;
+    HardwareCaps {
+        msrs: HardwareCaps::read_msrs(msr::read),
+        physical_width: sizes as u8,
+        linear_width: (sizes >> 8) as u8,
+        // SCE with SYSCALL, LME and LMA with 64-bit mode, NXE with execute-disable.
+        efer: bit(extended, 11, 0)
+            | bit(extended, 29, 8)
+            | bit(extended, 29, 10)
+            | bit(extended, 20, 11),
+        debugctl: 3 | if has_leaf_7 {
+            bit(structured.ecx, 24, 2) | bit(structured.ebx, 11, 15)
+        } else {
+            0
+        },
+        // Hidden.
+        sgx: false,
+    }
+}

@@ -21,6 +21,7 @@ struct Image {
     rodata_end: u64,
     end: u64,
     stack_guard: u64,
+    stack_top: u64,
 }
 
 #[cfg(freestanding)]
@@ -31,6 +32,7 @@ fn image() -> Image {
         static nvmx_rodata_end: u8;
         static nvmx_image_end: u8;
         static nvmx_boot_stack_guard: u8;
+        static nvmx_boot_stack_top: u8;
     }
     Image {
         start: (&raw const nvmx_image_start) as u64,
@@ -38,6 +40,7 @@ fn image() -> Image {
         rodata_end: (&raw const nvmx_rodata_end) as u64,
         end: (&raw const nvmx_image_end) as u64,
         stack_guard: (&raw const nvmx_boot_stack_guard) as u64,
+        stack_top: (&raw const nvmx_boot_stack_top) as u64,
     }
 }
 
@@ -50,7 +53,13 @@ fn image() -> Image {
         rodata_end: PAGE_2M,
         end: PAGE_2M,
         stack_guard: PAGE_2M,
+        stack_top: PAGE_2M,
     }
+}
+
+/// The top of the stack that the first processor runs on; it moved with the image.
+pub(crate) fn boot_stack_top() -> u64 {
+    image().stack_top
 }
 
 /// Where GRUB put the image.

@@ -4,9 +4,10 @@
 use alloc::boxed::Box;
 use alloc::vec;
 use core::arch::asm;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use crate::trap;
+use crate::vcpu::Vcpu;
 
 /// Selector of L0's 64-bit code.
 pub(crate) const CODE: u16 = 0x08;
@@ -36,8 +37,16 @@ struct TaskState {
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Processor {
-    /// An NMI came while L0 ran, and is owed to L1. At GS:0.
+    /// An NMI came while L0 ran, and is to be looked at before a guest is entered. At GS:0.
     nmi_owed: AtomicU32,
+    /// The next entry is a VMLAUNCH. At GS:4.
+    launch: AtomicU32,
+    /// The exit path was taken without an exit, for an NMI. At GS:8.
+    retry: AtomicU32,
+    /// An NMI is owed that could not be injected yet.
+    nmi_postponed: AtomicU32,
+    /// What the exit path works on. At GS:16.
+    vcpu: AtomicPtr<Vcpu>,
     /// Which processor this is, counting from 0 in the order they were started.
     pub(crate) index: u32,
     descriptors: [u64; 5],
@@ -70,6 +79,10 @@ impl Processor {
         };
         let processor = Box::leak(Box::new(Self {
             nmi_owed: AtomicU32::new(0),
+            launch: AtomicU32::new(0),
+            retry: AtomicU32::new(0),
+            nmi_postponed: AtomicU32::new(0),
+            vcpu: AtomicPtr::new(core::ptr::null_mut()),
             index,
             descriptors: [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0, 0],
             task,
@@ -89,6 +102,35 @@ impl Processor {
         // SAFETY: `load` put the address of a structure that lives for ever there, and every VM
         // exit restores it.
         unsafe { &*(crate::msr::read(crate::msr::GS_BASE) as *const Self) }
+    }
+
+    /// What the exit path of the processor that runs this works on.
+    pub(crate) fn current_vcpu() -> *mut Vcpu {
+        let vcpu;
+        // SAFETY: GS holds the structure's address (see `current`), and the field is at 16.
+        unsafe {
+            asm!("mov {}, gs:[16]", out(reg) vcpu, options(nostack, readonly, preserves_flags));
+        }
+        vcpu
+    }
+
+    /// Says what the exit path works on from now on.
+    pub(crate) fn set_vcpu(&self, vcpu: *mut Vcpu) {
+        self.vcpu.store(vcpu, Ordering::Relaxed);
+    }
+
+    /// Says whether the next entry is a VMLAUNCH.
+    pub(crate) fn set_launch(&self, launch: bool) {
+        self.launch.store(u32::from(launch), Ordering::Relaxed);
+    }
+
+    /// Whether the exit path was taken without an exit; the flag is cleared.
+    pub(crate) fn take_retry(&self) -> bool {
+        let retry = self.retry.load(Ordering::Relaxed) != 0;
+        if retry {
+            self.retry.store(0, Ordering::Relaxed);
+        }
+        retry
     }
 
     /// Linear address of the descriptor table.
@@ -146,8 +188,27 @@ impl Processor {
         self.nmi_owed.store(1, Ordering::Relaxed);
     }
 
-    /// Takes the NMI owed to L1, if there is one.
-    pub(crate) fn take_owed_nmi(&self) -> bool {
-        self.nmi_owed.swap(0, Ordering::Relaxed) != 0
+    /// Whether an NMI is owed to L1.
+    pub(crate) fn owes_nmi(&self) -> bool {
+        (self.nmi_owed.load(Ordering::Relaxed) | self.nmi_postponed.load(Ordering::Relaxed)) != 0
+    }
+
+    /// Lets the guest be entered although an NMI is owed; it is looked at again at the next exit.
+    pub(crate) fn postpone_owed_nmi(&self) {
+        self.nmi_postponed.store(1, Ordering::Relaxed);
+        self.nmi_owed.store(0, Ordering::Relaxed);
+    }
+
+    /// The owed NMI was injected. Another that came meanwhile is the same one: NMIs are not counted.
+    pub(crate) fn forget_owed_nmi(&self) {
+        self.nmi_postponed.store(0, Ordering::Relaxed);
+        self.nmi_owed.store(0, Ordering::Relaxed);
     }
 }
+
+const _: () = {
+    assert!(core::mem::offset_of!(Processor, nmi_owed) == 0);
+    assert!(core::mem::offset_of!(Processor, launch) == 4);
+    assert!(core::mem::offset_of!(Processor, retry) == 8);
+    assert!(core::mem::offset_of!(Processor, vcpu) == 16);
+};

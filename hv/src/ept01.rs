@@ -1,0 +1,215 @@
+//! Where do L1's physical addresses really lead? To themselves, all over the physical address
+//! space, with the memory types of the MTRRs, but for L0's own range: there L1 reads a page of ones.
+//!
+//! The tables are built at once, with the largest pages that types and L0's borders allow. When L1
+//! changes an MTRR a second set is built and taken, so that a processor never walks a table that
+//! changes under it.
+
+use vmx_defs::ept::memory_type::{UC, WB, is_valid};
+use vmx_defs::{EptPermissions, Eptp, Hpa, L1Gpa};
+
+use nvmx::host::L1Mapping;
+
+use crate::mtrr::Mtrrs;
+use crate::phys::{PAGE, PAGE_1G, PAGE_2M, Span, direct};
+use crate::region::Region;
+
+const READ: u64 = 1;
+const ALL: u64 = 7;
+const LARGE: u64 = 1 << 7;
+const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+
+/// Frames of one set for directories and tables below 1G pages: each border of a variable range
+/// needs two at most, and there are two borders each of at most 32 ranges; the fixed ranges and
+/// L0's own need two each.
+const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8;
+/// Address bits that EPT with four levels translates.
+const MAX_WIDTH: u8 = 48;
+
+/// One of the two sets of tables.
+#[derive(Debug)]
+struct Tables {
+    frames: Span,
+    next: u64,
+}
+
+impl Tables {
+    /// A zeroed frame, or `None` when the set is used up.
+    fn take(&mut self) -> Option<u64> {
+        if self.next >= self.frames.end {
+            return None;
+        }
+        let frame = self.next;
+        self.next += PAGE;
+        // SAFETY: the set's frames are L0's own, within the direct map, and no processor walks
+        // them while they are being filled.
+        unsafe { direct::<u8>(frame).write_bytes(0, PAGE as usize) };
+        Some(frame)
+    }
+
+    fn root(&self) -> u64 {
+        self.frames.start
+    }
+}
+
+/// EPT01.
+#[derive(Debug)]
+pub(crate) struct Ept01 {
+    /// Bits of a guest-physical address that are mapped.
+    width: u8,
+    has_1g_pages: bool,
+    own: Span,
+    /// The page of ones.
+    ones: u64,
+    /// A table that maps every page to `ones`, read-only: all of L0's range uses it.
+    ones_table: u64,
+    sets: [Tables; 2],
+    current: usize,
+    mtrrs: Mtrrs,
+}
+
+fn store(table: u64, index: u64, entry: u64) {
+    // SAFETY: `table` is a frame of L0's for these tables; `index` is below 512.
+    unsafe { direct::<u64>(table + index * 8).write_volatile(entry) };
+}
+
+fn load(table: u64, index: u64) -> u64 {
+    // SAFETY: as in `store`.
+    unsafe { direct::<u64>(table + index * 8).read_volatile() }
+}
+
+impl Ept01 {
+    /// Builds the tables for a processor with `width` physical-address bits. The frames for both
+    /// sets come out of `region`.
+    pub(crate) fn new(region: &mut Region, width: u8, has_1g_pages: bool) -> Self {
+        let ones = region.take_frames(1);
+        // SAFETY: the frame was just taken.
+        unsafe { direct::<u8>(ones).write_bytes(0xFF, PAGE as usize) };
+        let ones_table = region.take_frames(1);
+        for index in 0..512 {
+            store(ones_table, index, ones | READ | u64::from(WB) << 3);
+        }
+        // Without 1G pages a directory for each GiB would be needed: bounded to 512 GiB.
+        let width = width.min(if has_1g_pages { MAX_WIDTH } else { 39 });
+        let directories = if has_1g_pages { 0 } else { 1 << width.saturating_sub(30) };
+        let count = 1 + (1 << width.saturating_sub(39)) + directories + SPLIT_FRAMES;
+        let mut set = || {
+            let start = region.take_frames(count);
+            Tables { frames: Span { start, end: start + count * PAGE }, next: start }
+        };
+        let mut ept = Self {
+            width,
+            has_1g_pages,
+            own: crate::region::own(),
+            ones,
+            ones_table,
+            sets: [set(), set()],
+            current: 1,
+            mtrrs: Mtrrs::read(width),
+        };
+        ept.build();
+        ept
+    }
+
+    /// The EPT pointer: write-back tables of four levels.
+    pub(crate) fn eptp(&self) -> Eptp {
+        Eptp::from(self.sets[self.current].root() | u64::from(WB) | 3 << 3)
+    }
+
+    /// Reads the MTRRs again. Returns whether the tables (and [`Self::eptp`]) changed.
+    pub(crate) fn follow_mtrrs(&mut self) -> bool {
+        let mtrrs = Mtrrs::read(self.width);
+        if mtrrs == self.mtrrs {
+            return false;
+        }
+        self.mtrrs = mtrrs;
+        self.build();
+        true
+    }
+
+    /// Fills the set that is not in use, and takes it.
+    fn build(&mut self) {
+        let other = self.current ^ 1;
+        let set = &mut self.sets[other];
+        set.next = set.frames.start;
+        let Some(root) = set.take() else { return };
+        let mut physical = 0_u64;
+        while physical < 1 << self.width {
+            let Some(table) = self.sets[other].take() else { break };
+            store(root, physical >> 39, table | ALL);
+            for index in 0..512 {
+                self.map(other, table, index, physical, PAGE_1G);
+                physical += PAGE_1G;
+                if physical >= 1 << self.width {
+                    break;
+                }
+            }
+        }
+        self.current = other;
+    }
+
+    /// Maps `size` bytes from `physical` on by entry `index` of `table`, splitting where it must.
+    fn map(&mut self, set: usize, table: u64, index: u64, physical: u64, size: u64) {
+        let span = Span { start: physical, end: physical + size };
+        if size == PAGE_2M && self.own.contains(span) {
+            store(table, index, self.ones_table | ALL);
+            return;
+        }
+        let mut kind = self.mtrrs.kind_of(span);
+        let may_be_leaf = size != PAGE_1G || self.has_1g_pages;
+        if !may_be_leaf || span.overlaps(self.own) {
+            kind = None;
+        }
+        if kind.is_none()
+            && size != PAGE
+            && let Some(next) = self.sets[set].take()
+        {
+            store(table, index, next | ALL);
+            let part = size / 512;
+            for n in 0..512 {
+                self.map(set, next, n, physical + n * part, part);
+            }
+            return;
+        }
+        // A page of several types can't be; if the frames ran out, uncached is always right, but
+        // nothing may reach L0's range.
+        if span.overlaps(self.own) {
+            return;
+        }
+        let kind = kind.filter(|kind| is_valid(*kind)).unwrap_or(UC);
+        let large = if size == PAGE { 0 } else { LARGE };
+        store(table, index, physical | ALL | large | u64::from(kind) << 3);
+    }
+
+    /// EPT01's translation of `gpa`: total, the page of ones where nothing is mapped.
+    pub(crate) fn translate(&self, gpa: L1Gpa) -> L1Mapping {
+        let address = gpa.as_u64();
+        let ones = L1Mapping {
+            hpa: Hpa::new(self.ones | address & (PAGE - 1)),
+            permissions: EptPermissions::READ,
+            memory_type: WB,
+            size_shift: 12,
+        };
+        if !gpa.fits(self.width) {
+            return ones;
+        }
+        let mut table = self.sets[self.current].root();
+        for shift in [39, 30, 21, 12] {
+            let entry = load(table, address >> shift & 511);
+            if entry & ALL == 0 {
+                break;
+            }
+            if shift == 12 || entry & LARGE != 0 {
+                let offset = address & ((1 << shift) - 1);
+                return L1Mapping {
+                    hpa: Hpa::new((entry & ADDRESS & !((1 << shift) - 1)) | offset),
+                    permissions: EptPermissions::from_bits_truncate((entry & ALL) as u8),
+                    memory_type: (entry >> 3 & 7) as u8,
+                    size_shift: shift,
+                };
+            }
+            table = entry & ADDRESS;
+        }
+        ones
+    }
+}

@@ -1,0 +1,67 @@
+//! What do all processors of L0 share? The machine as it was found at boot: what L1 sees of memory,
+//! EPT01, what the processors can do and what L1 is offered of it.
+
+use arrayvec::ArrayVec;
+use nvmx::caps::{Caps, HardwareCaps};
+use spin::{Mutex, Once};
+
+use crate::ept01::Ept01;
+use crate::options::Options;
+use crate::phys::{MemoryMap, Span};
+
+/// RAM areas of L1 that are told apart; more are not L1's RAM for the VMX structures that L0 reads.
+const MAX_RAM: usize = 32;
+
+/// The machine.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    /// What the user asked for.
+    pub(crate) options: Options,
+    /// RAM of L1: usable memory and ACPI's, in order, adjacent areas as one.
+    ram: ArrayVec<Span, MAX_RAM>,
+    /// L0's own memory.
+    pub(crate) own: Span,
+    /// What L1 is offered of VMX.
+    pub(crate) caps: Caps,
+    /// What the processors have of VMX.
+    pub(crate) hardware: HardwareCaps,
+    /// L1's address space.
+    pub(crate) ept01: Mutex<Ept01>,
+}
+
+static MACHINE: Once<Machine> = Once::new();
+
+impl Machine {
+    /// Describes the machine. `map` is L1's memory map.
+    pub(crate) fn new(
+        options: Options,
+        map: &MemoryMap,
+        caps: Caps,
+        hardware: HardwareCaps,
+        ept01: Ept01,
+    ) -> Self {
+        let mut areas: ArrayVec<Span, { crate::phys::MAX_AREAS }> =
+            map.areas().iter().filter(|a| matches!(a.kind, 1 | 3 | 4)).map(|a| a.span).collect();
+        areas.sort_unstable_by_key(|span| span.start);
+        let mut ram: ArrayVec<Span, MAX_RAM> = ArrayVec::new();
+        for area in areas {
+            match ram.last_mut() {
+                Some(last) if last.end >= area.start => last.end = last.end.max(area.end),
+                _ => {
+                    let _ = ram.try_push(area);
+                }
+            }
+        }
+        Self { options, ram, own: crate::region::own(), caps, hardware, ept01: Mutex::new(ept01) }
+    }
+
+    /// Makes `machine` the one.
+    pub(crate) fn install(machine: Self) -> &'static Self {
+        MACHINE.call_once(|| machine)
+    }
+
+    /// Whether all of `span` is RAM of L1.
+    pub(crate) fn is_ram(&self, span: Span) -> bool {
+        self.ram.iter().any(|ram| ram.contains(span))
+    }
+}

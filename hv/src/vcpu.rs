@@ -1,0 +1,412 @@
+//! How does a processor go into VMX operation, and what does it run L1 with?
+//!
+//! L1 gets the machine: interrupts, ports, devices and nearly all MSRs without exits. vmcs01 asks
+//! for no more than the processor demands and L0's own protection needs.
+
+use alloc::boxed::Box;
+use core::arch::x86_64::__cpuid;
+
+use nvmx::Gprs;
+use nvmx::host::{HostResult, Vmx};
+use vmx_defs::event::activity;
+use vmx_defs::msr::{self as number, Allowed, FeatureControl, VmxBasic};
+use vmx_defs::{EntryCtls, ExitCtls, Field, Hpa, PinCtls, ProcCtls, ProcCtls2};
+use vmx_hw::Cpu;
+use x86_64::registers::control::{Cr0, Cr3, Cr4};
+
+use crate::counters::Counters;
+use crate::guest_cr;
+use crate::guest_msr;
+use crate::host::Host;
+use crate::l1::Start;
+use crate::machine::Machine;
+use crate::msr;
+use crate::multiboot::BOOTLOADER_MAGIC;
+use crate::phys::{PAGE, direct};
+use crate::processor::{CODE, DATA, Processor, TASK};
+use crate::world;
+
+/// L1's own VPID.
+pub(crate) const VPID01: u16 = 1;
+
+const CR0_NE: u64 = 1 << 5;
+const CR4_VMXE: u64 = 1 << 13;
+const CR4_OSXSAVE: u64 = 1 << 18;
+
+/// Access rights of segments (SDM "Guest Register State").
+mod rights {
+    /// 32-bit code, execute and read, accessed, 4-KByte granular.
+    pub(super) const CODE32: u64 = 0xC09B;
+    /// 32-bit data, read and write, accessed, 4-KByte granular.
+    pub(super) const DATA32: u64 = 0xC093;
+    /// Busy 32-bit TSS.
+    pub(super) const TASK32: u64 = 0x008B;
+    /// No segment.
+    pub(super) const UNUSABLE: u64 = 1 << 16;
+}
+
+/// A processor of L1.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    /// What the engine may use of the processor.
+    pub(crate) host: Host,
+    /// What L0 keeps of the processor.
+    pub(crate) processor: &'static Processor,
+    /// What happened on it.
+    pub(crate) counters: Counters,
+}
+
+/// The frames that one processor needs for VMX.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VmxFrames {
+    /// VMXON region.
+    pub(crate) vmxon: Hpa,
+    /// vmcs01.
+    pub(crate) vmcs01: Hpa,
+    /// L1's MSR bitmap.
+    pub(crate) msr_bitmap: Hpa,
+}
+
+/// What kept a processor out of VMX operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VmxUnavailable {
+    /// CPUID has no VMX.
+    NoVmx,
+    /// The firmware locked it off.
+    LockedOff,
+    /// VMXON failed.
+    VmxOn,
+}
+
+impl core::fmt::Display for VmxUnavailable {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::NoVmx => "the processor has no VT-x",
+            Self::LockedOff => "the firmware has switched VT-x off (IA32_FEATURE_CONTROL)",
+            Self::VmxOn => "VMXON failed",
+        })
+    }
+}
+
+/// Whether this processor has VMX and its firmware lets it be used; sets IA32_FEATURE_CONTROL where
+/// the firmware left it open.
+pub(crate) fn check_available() -> Result<(), VmxUnavailable> {
+    if __cpuid(1).ecx & 1 << 5 == 0 {
+        return Err(VmxUnavailable::NoVmx);
+    }
+    let wanted = FeatureControl::LOCK | FeatureControl::VMXON_OUTSIDE_SMX;
+    let control = FeatureControl::from_bits_retain(msr::read(number::FEATURE_CONTROL));
+    if !control.contains(FeatureControl::LOCK) {
+        // SAFETY: enabling VMX changes nothing that runs.
+        unsafe { msr::write(number::FEATURE_CONTROL, (control | wanted).bits()) };
+        return Ok(());
+    }
+    if control.contains(wanted) { Ok(()) } else { Err(VmxUnavailable::LockedOff) }
+}
+
+/// Brings this processor into VMX operation. The token says so.
+///
+/// # Errors
+/// See [`VmxUnavailable`].
+///
+/// # Safety
+/// `region` is a frame for this alone; the processor stays in VMX operation for ever.
+unsafe fn enter_vmx_operation(machine: &Machine, region: Hpa) -> Result<Cpu, VmxUnavailable> {
+    let hardware = &machine.hardware;
+    let fixed = |value: u64, fixed0, fixed1| (value | hardware.msr(fixed0)) & hardware.msr(fixed1);
+    let osxsave = if __cpuid(1).ecx & 1 << 26 != 0 { CR4_OSXSAVE } else { 0 };
+    let cr0 = fixed(Cr0::read_raw(), number::VMX_CR0_FIXED0, number::VMX_CR0_FIXED1);
+    let cr4 =
+        fixed(Cr4::read_raw() | CR4_VMXE | osxsave, number::VMX_CR4_FIXED0, number::VMX_CR4_FIXED1);
+    // SAFETY: paging, protection and SSE stay on; the added bits are those VMX operation demands,
+    // and OSXSAVE, which only permits XSETBV.
+    unsafe {
+        Cr0::write_raw(cr0);
+        Cr4::write_raw(cr4);
+    }
+    write_revision(machine, region);
+    // SAFETY: CR0, CR4 and IA32_FEATURE_CONTROL are as VMXON wants them, the region is the
+    // caller's.
+    unsafe { vmx_hw::vmxon(region) }.map_err(|_| VmxUnavailable::VmxOn)?;
+    // SAFETY: in root operation from here on, says the caller.
+    Ok(unsafe { Cpu::new() })
+}
+
+/// Puts the processor's VMCS revision identifier into a zeroed region.
+pub(crate) fn write_revision(machine: &Machine, region: Hpa) {
+    let revision = VmxBasic::from(machine.hardware.msr(number::VMX_BASIC)).revision();
+    // SAFETY: a frame of L0's own that no processor uses yet.
+    unsafe { direct::<u32>(region.as_u64()).write_volatile(revision) };
+}
+
+impl Vcpu {
+    /// Brings this processor into VMX operation with a vmcs01 that is current and complete but for
+    /// L1's first state.
+    ///
+    /// # Safety
+    /// On the processor of `processor`, once, with frames for it alone; `stack_top` is a stack that
+    /// nothing else uses once L1 has been entered.
+    pub(crate) unsafe fn new(
+        machine: &'static Machine,
+        processor: &'static Processor,
+        frames: VmxFrames,
+        stack_top: u64,
+    ) -> Result<Box<Self>, VmxUnavailable> {
+        check_available()?;
+        // SAFETY: as the caller promises.
+        let cpu = unsafe { enter_vmx_operation(machine, frames.vmxon)? };
+        let apic_base = msr::read(number::APIC_BASE);
+        let host = Host { cpu, machine, apic_base, memory_types_changed: false };
+        let mut vcpu = Box::new(Self { host, processor, counters: Counters::new() });
+        write_revision(machine, frames.vmcs01);
+        // SAFETY: the frame is a page of L0's own for the bitmap, which no processor uses yet.
+        guest_msr::fill_bitmap(unsafe { &mut *direct(frames.msr_bitmap.as_u64()) });
+        if let Err(error) = vcpu.set_up(frames, stack_top) {
+            crate::console::fail(format_args!("vmcs01: {error:?}"));
+        }
+        Ok(vcpu)
+    }
+
+    /// Writes all of vmcs01 that does not depend on how L1 starts.
+    fn set_up(&mut self, frames: VmxFrames, stack_top: u64) -> HostResult {
+        let host = &mut self.host;
+        host.cpu.vmclear(frames.vmcs01)?;
+        host.vmptrld(frames.vmcs01)?;
+
+        let hardware = &host.machine.hardware;
+        let adjust = |register, wanted| Allowed::from_msr(hardware.msr(register)).adjust(wanted);
+        let pin = adjust(number::VMX_TRUE_PINBASED_CTLS, PinCtls::empty().bits());
+        let proc = adjust(
+            number::VMX_TRUE_PROCBASED_CTLS,
+            (ProcCtls::MSR_BITMAPS | ProcCtls::SECONDARY_CONTROLS).bits(),
+        );
+        let proc2 = adjust(
+            number::VMX_PROCBASED_CTLS2,
+            (ProcCtls2::EPT
+                | ProcCtls2::VPID
+                | ProcCtls2::UNRESTRICTED_GUEST
+                | ProcCtls2::RDTSCP
+                | ProcCtls2::INVPCID
+                | ProcCtls2::XSAVES
+                | ProcCtls2::ENCLS_EXITING
+                | ProcCtls2::USER_WAIT_PAUSE)
+                .bits(),
+        );
+        let exit = adjust(
+            number::VMX_TRUE_EXIT_CTLS,
+            (ExitCtls::SAVE_DEBUG_CONTROLS
+                | ExitCtls::HOST_ADDRESS_SPACE_SIZE
+                | ExitCtls::SAVE_PAT
+                | ExitCtls::LOAD_PAT
+                | ExitCtls::SAVE_EFER
+                | ExitCtls::LOAD_EFER)
+                .bits(),
+        );
+        let entry = adjust(
+            number::VMX_TRUE_ENTRY_CTLS,
+            (EntryCtls::LOAD_DEBUG_CONTROLS | EntryCtls::LOAD_PAT | EntryCtls::LOAD_EFER).bits(),
+        );
+        for (field, value) in [
+            (Field::PIN_CTLS, pin),
+            (Field::PROC_CTLS, proc),
+            (Field::PROC_CTLS2, proc2),
+            (Field::EXIT_CTLS, exit),
+            (Field::ENTRY_CTLS, entry),
+        ] {
+            host.vmwrite(field, u64::from(value))?;
+        }
+        let proc2 = ProcCtls2::from_bits_retain(proc2);
+        if proc2.contains(ProcCtls2::ENCLS_EXITING) {
+            host.vmwrite(Field::ENCLS_EXITING_BITMAP, u64::MAX)?;
+        }
+        if proc2.contains(ProcCtls2::XSAVES) {
+            host.vmwrite(Field::XSS_EXITING_BITMAP, 0)?;
+        }
+        let eptp = host.machine.ept01.lock().eptp();
+        for (field, value) in [
+            (Field::VPID, u64::from(VPID01)),
+            (Field::EPT_POINTER, eptp.into_bits()),
+            (Field::MSR_BITMAP, frames.msr_bitmap.as_u64()),
+            (Field::VMCS_LINK_POINTER, u64::MAX),
+            (Field::EXCEPTION_BITMAP, 0),
+            (Field::PF_ERROR_MASK, 0),
+            (Field::PF_ERROR_MATCH, 0),
+            (Field::CR3_TARGET_COUNT, 0),
+            (Field::EXIT_MSR_STORE_COUNT, 0),
+            (Field::EXIT_MSR_LOAD_COUNT, 0),
+            (Field::ENTRY_MSR_LOAD_COUNT, 0),
+            (Field::ENTRY_INTR_INFO, 0),
+        ] {
+            host.vmwrite(field, value)?;
+        }
+        set_up_host_state(host, self.processor, stack_top)
+    }
+
+    /// Enters L1 as the Multiboot Specification's "Machine state" says.
+    ///
+    /// # Safety
+    /// Once, on this vcpu's processor, whose current VMCS is its vmcs01; nothing on the stack that
+    /// was given to [`Self::new`] is needed any more.
+    pub(crate) unsafe fn start_multiboot(mut self: Box<Self>, start: Start, stack_top: u64) -> ! {
+        if let Err(error) = self.set_multiboot_state(start) {
+            crate::console::fail(format_args!("vmcs01: {error:?}"));
+        }
+        let mut gprs = Gprs::default();
+        gprs.set(nvmx::regs::RAX, u64::from(BOOTLOADER_MAGIC));
+        gprs.set(nvmx::regs::RBX, u64::from(start.information));
+        let processor = self.processor;
+        processor.set_launch(true);
+        processor.set_vcpu(Box::leak(self));
+        // SAFETY: vmcs01 is complete and clear; the caller promises the rest.
+        unsafe { world::first_entry(&gprs, stack_top) }
+    }
+
+    fn set_multiboot_state(&mut self, start: Start) -> HostResult {
+        let host = &mut self.host;
+        for (selector, base, limit, access, value) in [
+            (
+                Field::GUEST_ES_SELECTOR,
+                Field::GUEST_ES_BASE,
+                Field::GUEST_ES_LIMIT,
+                Field::GUEST_ES_AR,
+                rights::DATA32,
+            ),
+            (
+                Field::GUEST_CS_SELECTOR,
+                Field::GUEST_CS_BASE,
+                Field::GUEST_CS_LIMIT,
+                Field::GUEST_CS_AR,
+                rights::CODE32,
+            ),
+            (
+                Field::GUEST_SS_SELECTOR,
+                Field::GUEST_SS_BASE,
+                Field::GUEST_SS_LIMIT,
+                Field::GUEST_SS_AR,
+                rights::DATA32,
+            ),
+            (
+                Field::GUEST_DS_SELECTOR,
+                Field::GUEST_DS_BASE,
+                Field::GUEST_DS_LIMIT,
+                Field::GUEST_DS_AR,
+                rights::DATA32,
+            ),
+            (
+                Field::GUEST_FS_SELECTOR,
+                Field::GUEST_FS_BASE,
+                Field::GUEST_FS_LIMIT,
+                Field::GUEST_FS_AR,
+                rights::DATA32,
+            ),
+            (
+                Field::GUEST_GS_SELECTOR,
+                Field::GUEST_GS_BASE,
+                Field::GUEST_GS_LIMIT,
+                Field::GUEST_GS_AR,
+                rights::DATA32,
+            ),
+            (
+                Field::GUEST_LDTR_SELECTOR,
+                Field::GUEST_LDTR_BASE,
+                Field::GUEST_LDTR_LIMIT,
+                Field::GUEST_LDTR_AR,
+                rights::UNUSABLE,
+            ),
+            (
+                Field::GUEST_TR_SELECTOR,
+                Field::GUEST_TR_BASE,
+                Field::GUEST_TR_LIMIT,
+                Field::GUEST_TR_AR,
+                rights::TASK32,
+            ),
+        ] {
+            let (number, size) = match value {
+                rights::CODE32 => (0x08, 0xFFFF_FFFF),
+                rights::DATA32 => (0x10, 0xFFFF_FFFF),
+                rights::TASK32 => (0x18, 0x67),
+                _ => (0, 0),
+            };
+            host.vmwrite(selector, number)?;
+            host.vmwrite(base, 0)?;
+            host.vmwrite(limit, size)?;
+            host.vmwrite(access, value)?;
+        }
+        // PE and ET.
+        let cr0 = 0x11;
+        for (field, value) in [
+            (Field::GUEST_GDTR_BASE, 0),
+            (Field::GUEST_GDTR_LIMIT, 0),
+            (Field::GUEST_IDTR_BASE, 0),
+            (Field::GUEST_IDTR_LIMIT, 0),
+            (Field::GUEST_CR0, cr0 | CR0_NE),
+            (Field::CR0_SHADOW, cr0),
+            (Field::GUEST_CR3, 0),
+            (Field::GUEST_CR4, CR4_VMXE),
+            (Field::CR4_SHADOW, 0),
+            (Field::GUEST_DR7, 0x400),
+            (Field::GUEST_RSP, 0),
+            (Field::GUEST_RIP, u64::from(start.entry)),
+            (Field::GUEST_RFLAGS, 2),
+            (Field::GUEST_DEBUGCTL, 0),
+            (Field::GUEST_PAT, msr::read(number::PAT)),
+            (Field::GUEST_EFER, 0),
+            (Field::GUEST_SYSENTER_CS, 0),
+            (Field::GUEST_SYSENTER_ESP, 0),
+            (Field::GUEST_SYSENTER_EIP, 0),
+            (Field::GUEST_ACTIVITY, u64::from(activity::ACTIVE)),
+            (Field::GUEST_INTERRUPTIBILITY, 0),
+            (Field::GUEST_PENDING_DEBUG, 0),
+        ] {
+            host.vmwrite(field, value)?;
+        }
+        let (mask0, mask4) = guest_cr::masks(host, false);
+        host.vmwrite(Field::CR0_MASK, mask0)?;
+        host.vmwrite(Field::CR4_MASK, mask4)
+    }
+}
+
+/// Writes the host-state area, the same for vmcs01 and vmcs02: what L0 runs with.
+pub(crate) fn set_up_host_state(
+    host: &mut impl Vmx,
+    processor: &'static Processor,
+    stack_top: u64,
+) -> HostResult {
+    for field in [Field::HOST_ES_SELECTOR, Field::HOST_SS_SELECTOR, Field::HOST_DS_SELECTOR] {
+        host.vmwrite(field, u64::from(DATA))?;
+    }
+    for (field, value) in [
+        (Field::HOST_CS_SELECTOR, u64::from(CODE)),
+        (Field::HOST_FS_SELECTOR, 0),
+        (Field::HOST_GS_SELECTOR, 0),
+        (Field::HOST_TR_SELECTOR, u64::from(TASK)),
+        (Field::HOST_FS_BASE, 0),
+        (Field::HOST_GS_BASE, &raw const *processor as u64),
+        (Field::HOST_TR_BASE, processor.task_base()),
+        (Field::HOST_GDTR_BASE, processor.gdt_base()),
+        (Field::HOST_IDTR_BASE, crate::trap::idt_base()),
+        (Field::HOST_CR0, Cr0::read_raw()),
+        (Field::HOST_CR3, Cr3::read_raw().0.start_address().as_u64()),
+        (Field::HOST_CR4, Cr4::read_raw()),
+        (Field::HOST_PAT, msr::read(number::PAT)),
+        (Field::HOST_EFER, msr::read(number::EFER)),
+        (Field::HOST_SYSENTER_CS, 0),
+        (Field::HOST_SYSENTER_ESP, 0),
+        (Field::HOST_SYSENTER_EIP, 0),
+        (Field::HOST_RSP, stack_top),
+        (Field::HOST_RIP, world::exit_address()),
+    ] {
+        host.vmwrite(field, value)?;
+    }
+    Ok(())
+}
+
+/// Frames for one processor, out of L0's memory.
+pub(crate) fn take_frames(region: &mut crate::region::Region) -> VmxFrames {
+    let start = region.take_frames(3);
+    VmxFrames {
+        vmxon: Hpa::new(start),
+        vmcs01: Hpa::new(start + PAGE),
+        msr_bitmap: Hpa::new(start + 2 * PAGE),
+    }
+}
