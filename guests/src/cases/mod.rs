@@ -2,6 +2,7 @@
 
 use crate::suite::Case;
 
+pub mod ept;
 pub mod harness;
 pub mod instructions;
 pub mod intercepts;
@@ -14,6 +15,11 @@ pub const ALL: &[&[Case]] = &[
     instructions::CASES,
     l2::CASES,
     intercepts::CASES,
+    ept::MATRIX,
+    ept::PERMISSIONS,
+    ept::MISCONFIGURATIONS,
+    ept::AD,
+    ept::WALK,
     seed::S1,
     seed::S2,
     seed::S3,

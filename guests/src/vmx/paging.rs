@@ -10,8 +10,9 @@ use crate::memory::{Arena, PAGE, Page};
 /// Linear and guest-physical address of the window of 512 small pages.
 pub const WINDOW: u64 = 1 << 30;
 
-/// Entry bits: present, writable, accessible at CPL 3.
-pub const USER_RW: u64 = 0x7;
+/// Entry bits: present, writable, accessible at CPL 3, accessed and dirty (so that a walk writes
+/// nothing).
+pub const USER_RW: u64 = 0x67;
 
 /// Which paging L2 uses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
