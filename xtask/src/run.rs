@@ -30,6 +30,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Where a search for the awaited text begins again, before what was already searched.
 const OVERLAP: usize = 4096;
 
+/// How many lines of COM1 tell what a failed run was at, if it was not shown.
+const TAIL: usize = 6;
+
 /// What ends a run well.
 #[derive(Debug, Clone)]
 pub(crate) enum Until {
@@ -77,6 +80,8 @@ pub(crate) struct Outcome {
     pub(crate) serial: String,
     /// Why it failed, if it did.
     pub(crate) failure: Option<String>,
+    /// Whether COM1 was shown already.
+    shown: bool,
 }
 
 impl Outcome {
@@ -84,7 +89,12 @@ impl Outcome {
     pub(crate) fn into_result(self) -> Result<String> {
         match self.failure {
             None => Ok(self.serial),
-            Some(reason) => bail!("{reason}\nlogs kept in {}", self.folder.display()),
+            Some(reason) => {
+                let tail = if self.shown { "" } else { last_lines(&self.serial, TAIL) };
+                let said = if tail.is_empty() { "" } else { "COM1 ended with:\n" };
+                let gap = if tail.is_empty() || tail.ends_with('\n') { "" } else { "\n" };
+                bail!("{reason}\n{said}{tail}{gap}logs kept in {}", self.folder.display())
+            }
         }
     }
 }
@@ -259,6 +269,12 @@ impl Watch<'_> {
     }
 }
 
+/// The last `count` lines of a text, each with its end.
+fn last_lines(text: &str, count: usize) -> &str {
+    let start = text.trim_end().rmatch_indices('\n').nth(count - 1).map_or(0, |(at, _)| at + 1);
+    &text[start..]
+}
+
 /// Reads a closing line; those of the demo and the benchmark count no cases.
 fn parse_closing(line: &str) -> Option<Counts> {
     match line.trim_end() {
@@ -327,6 +343,13 @@ mod tests {
         assert_eq!(look(b"nvmx: no image\n", status(1)), Some(Ok(())));
         assert!(look(b"nvmx: no image\n", status(0)).is_some_and(|v| v.is_err()));
         assert!(look(b"", status(1)).is_some_and(|v| v.is_err()));
+    }
+
+    #[test]
+    fn the_last_lines() {
+        assert_eq!(last_lines("", 2), "");
+        assert_eq!(last_lines("a\nb\n", 2), "a\nb\n");
+        assert_eq!(last_lines("a\nb\nc\n", 2), "b\nc\n");
     }
 
     #[test]
