@@ -134,7 +134,8 @@ impl Run<'_> {
             // The image can be made again from what is kept, and is large.
             fs::remove_file(&iso).context("cannot remove the boot image")?;
         }
-        Ok(Outcome { folder, serial: String::from_utf8_lossy(&com1.bytes).into_owned(), failure })
+        let serial = String::from_utf8_lossy(&com1.bytes).into_owned();
+        Ok(Outcome { folder, serial, failure, shown: self.show })
     }
 }
 
