@@ -2,8 +2,8 @@
 //! space, with the memory types of the MTRRs, but for L0's own range: there L1 reads a page of ones.
 //!
 //! The tables are built at once, with the largest pages that types and L0's borders allow. When L1
-//! changes an MTRR a second set is built and taken, so that a processor never walks a table that
-//! changes under it.
+//! changes an MTRR a second set is built and then put under the same root, so that a processor never
+//! walks a table that changes under it, and the EPT pointer is always the same.
 
 use vmx_defs::ept::memory_type::{UC, WB, is_valid};
 use vmx_defs::{EptPermissions, Eptp, Hpa, L1Gpa};
@@ -23,8 +23,11 @@ const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 /// needs two at most, and there are two borders each of at most 32 ranges; the fixed ranges and
 /// L0's own need two each.
 const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8;
-/// Address bits that EPT with four levels translates.
-const MAX_WIDTH: u8 = 48;
+/// Greatest physical-address width that EPT01 covers, and L1 is told of: four levels translate 48
+/// bits; without 1G pages a directory is needed for each GiB, which is bounded to 512 GiB.
+pub(crate) const fn greatest_width(has_1g_pages: bool) -> u8 {
+    if has_1g_pages { 48 } else { 39 }
+}
 
 /// One of the two sets of tables.
 #[derive(Debug)]
@@ -46,10 +49,6 @@ impl Tables {
         unsafe { direct::<u8>(frame).write_bytes(0, PAGE as usize) };
         Some(frame)
     }
-
-    fn root(&self) -> u64 {
-        self.frames.start
-    }
 }
 
 /// EPT01.
@@ -63,6 +62,8 @@ pub(crate) struct Ept01 {
     ones: u64,
     /// A table that maps every page to `ones`, read-only: all of L0's range uses it.
     ones_table: u64,
+    root: u64,
+    /// Everything below the root, twice.
     sets: [Tables; 2],
     current: usize,
     mtrrs: Mtrrs,
@@ -86,13 +87,12 @@ impl Ept01 {
         // SAFETY: the frame was just taken.
         unsafe { direct::<u8>(ones).write_bytes(0xFF, PAGE as usize) };
         let ones_table = region.take_frames(1);
+        let root = region.take_frames(1);
         for index in 0..512 {
             store(ones_table, index, ones | READ | u64::from(WB) << 3);
         }
-        // Without 1G pages a directory for each GiB would be needed: bounded to 512 GiB.
-        let width = width.min(if has_1g_pages { MAX_WIDTH } else { 39 });
         let directories = if has_1g_pages { 0 } else { 1 << width.saturating_sub(30) };
-        let count = 1 + (1 << width.saturating_sub(39)) + directories + SPLIT_FRAMES;
+        let count = (1 << width.saturating_sub(39)) + directories + SPLIT_FRAMES;
         let mut set = || {
             let start = region.take_frames(count);
             Tables { frames: Span { start, end: start + count * PAGE }, next: start }
@@ -103,6 +103,7 @@ impl Ept01 {
             own: crate::region::own(),
             ones,
             ones_table,
+            root,
             sets: [set(), set()],
             current: 1,
             mtrrs: Mtrrs::read(width),
@@ -113,10 +114,10 @@ impl Ept01 {
 
     /// The EPT pointer: write-back tables of four levels.
     pub(crate) fn eptp(&self) -> Eptp {
-        Eptp::from(self.sets[self.current].root() | u64::from(WB) | 3 << 3)
+        Eptp::from(self.root | u64::from(WB) | 3 << 3)
     }
 
-    /// Reads the MTRRs again. Returns whether the tables (and [`Self::eptp`]) changed.
+    /// Reads the MTRRs again. Returns whether the tables changed, so that INVEPT is due.
     pub(crate) fn follow_mtrrs(&mut self) -> bool {
         let mtrrs = Mtrrs::read(self.width);
         if mtrrs == self.mtrrs {
@@ -127,23 +128,26 @@ impl Ept01 {
         true
     }
 
-    /// Fills the set that is not in use, and takes it.
+    /// Fills the set that is not in use, and puts it under the root.
     fn build(&mut self) {
         let other = self.current ^ 1;
-        let set = &mut self.sets[other];
-        set.next = set.frames.start;
-        let Some(root) = set.take() else { return };
-        let mut physical = 0_u64;
-        while physical < 1 << self.width {
-            let Some(table) = self.sets[other].take() else { break };
-            store(root, physical >> 39, table | ALL);
+        self.sets[other].next = self.sets[other].frames.start;
+        let regions = 1_u64 << self.width.saturating_sub(39);
+        // The first frames of a set are the tables that the root points at.
+        let first = self.sets[other].next;
+        for _ in 0..regions {
+            let _ = self.sets[other].take();
+        }
+        for region in 0..regions {
             for index in 0..512 {
-                self.map(other, table, index, physical, PAGE_1G);
-                physical += PAGE_1G;
-                if physical >= 1 << self.width {
-                    break;
+                let physical = (region << 9 | index) << 30;
+                if physical < 1 << self.width {
+                    self.map(other, first + region * PAGE, index, physical, PAGE_1G);
                 }
             }
+        }
+        for region in 0..regions {
+            store(self.root, region, (first + region * PAGE) | ALL);
         }
         self.current = other;
     }
@@ -193,7 +197,7 @@ impl Ept01 {
         if !gpa.fits(self.width) {
             return ones;
         }
-        let mut table = self.sets[self.current].root();
+        let mut table = self.root;
         for shift in [39, 30, 21, 12] {
             let entry = load(table, address >> shift & 511);
             if entry & ALL == 0 {

@@ -5,6 +5,7 @@
 //! and L2's exits, are the engine's.
 
 use nvmx::Gprs;
+use nvmx::engine::Handled;
 use nvmx::host::{HostError, HostResult, InvEpt, Msrs, Vmx};
 use nvmx::inject::{self, Exception, Fault, Outcome};
 use nvmx::regs::{RAX, RBX, RCX, RDX};
@@ -16,10 +17,10 @@ use crate::console::fail;
 use crate::counters::Level;
 use crate::guest_cpuid::{self, Mirrored};
 use crate::guest_cr;
-use crate::phys::Span;
 use crate::processor::Processor;
 use crate::say;
 use crate::vcpu::Vcpu;
+use crate::world;
 
 /// Called at every exit, on the processor's own stack.
 pub(crate) unsafe extern "C" fn handle(gprs: *mut Gprs) {
@@ -29,14 +30,6 @@ pub(crate) unsafe extern "C" fn handle(gprs: *mut Gprs) {
     if let Err(error) = vcpu.exited(gprs) {
         broken(vcpu, error);
     }
-}
-
-/// Called when VMLAUNCH or VMRESUME failed: a bug of ours.
-pub(crate) extern "C" fn entry_failed() -> ! {
-    // SAFETY: as in `handle`; nothing of the structure is borrowed while a guest is entered.
-    let vcpu = unsafe { &mut *Processor::current_vcpu() };
-    let error = vcpu.host.vmread(Field::VM_INSTRUCTION_ERROR).unwrap_or(0);
-    fail(format_args!("VM entry failed with VM-instruction error {error}"))
 }
 
 /// The processor refused what L0 is sure it supports.
@@ -57,19 +50,61 @@ enum Next {
 
 impl Vcpu {
     fn exited(&mut self, gprs: &mut Gprs) -> HostResult {
-        self.processor.set_launch(false);
-        if !self.processor.take_retry() {
-            let reason = ExitReason::from_bits(self.host.vmread(Field::EXIT_REASON)? as u32);
-            self.counters.exit(Level::L1, reason.basic().bits());
-            if self.host.machine.options.log_exits {
-                self.log(Level::L1, reason)?;
+        match self.processor.take_event() {
+            world::Event::Exit => {
+                let reason = ExitReason::from_bits(self.host.vmread(Field::EXIT_REASON)? as u32);
+                if self.engine.runs_l2() {
+                    self.l2_exited(gprs, reason)?;
+                } else {
+                    self.l1_exited(gprs, reason)?;
+                }
             }
-            self.l1_exited(gprs, reason)?;
+            world::Event::Retry => {}
+            world::Event::EntryFailed => self.entry_failed()?,
         }
         if core::mem::take(&mut self.host.memory_types_changed) {
             self.follow_memory_types()?;
         }
-        self.pass_owed_nmi()
+        if self.processor.owes_nmi() {
+            self.pass_owed_nmi()?;
+        }
+        // L1's own VMCS is launched for good at the start.
+        self.processor.set_launch(self.engine.runs_l2() && self.engine.needs_launch());
+        Ok(())
+    }
+
+    /// VMLAUNCH or VMRESUME failed: for L2 it is L1's failure that no check of ours found.
+    fn entry_failed(&mut self) -> HostResult {
+        if self.engine.runs_l2() {
+            let handled =
+                self.host.machine.nested.lock().entry_refused(&mut self.engine, &mut self.host)?;
+            return self.conclude(handled);
+        }
+        let error = self.host.vmread(Field::VM_INSTRUCTION_ERROR)?;
+        fail(format_args!("L1 can't be entered: VM-instruction error {error}"))
+    }
+
+    /// An exit of L2, which is the engine's.
+    fn l2_exited(&mut self, gprs: &mut Gprs, reason: ExitReason) -> HostResult {
+        self.counters.exit(Level::L2, reason.basic().bits());
+        if self.host.machine.options.log_exits {
+            self.log(Level::L2, reason)?;
+        }
+        let handled =
+            self.host.machine.nested.lock().l2_exit(&mut self.engine, &mut self.host, gprs)?;
+        self.conclude(handled)
+    }
+
+    /// What the engine leaves to do.
+    fn conclude(&mut self, handled: Handled) -> HostResult {
+        match handled {
+            Handled::Enter => Ok(()),
+            Handled::Shutdown => self.end(ExitReason::TRIPLE_FAULT, "L1 shut down"),
+            Handled::NotMine => {
+                let reason = self.host.vmread(Field::EXIT_REASON)? as u32;
+                self.end(ExitReason::from_bits(reason), "nobody handles an exit")
+            }
+        }
     }
 
     fn log(&mut self, level: Level, reason: ExitReason) -> HostResult {
@@ -85,8 +120,12 @@ impl Vcpu {
 
     /// An exit of L1.
     fn l1_exited(&mut self, gprs: &mut Gprs, reason: ExitReason) -> HostResult {
+        self.counters.exit(Level::L1, reason.basic().bits());
+        if self.host.machine.options.log_exits {
+            self.log(Level::L1, reason)?;
+        }
         if reason.is_entry_failure() {
-            self.end(reason, "VM entry failed");
+            self.end(reason, "L1 can't be entered");
         }
         let next = match reason.basic() {
             ExitReason::CPUID => self.cpuid(gprs)?,
@@ -105,7 +144,8 @@ impl Vcpu {
             // SMX and SGX are hidden.
             ExitReason::GETSEC | ExitReason::ENCLS => Next::Fault(Fault::Ud),
             ExitReason::EPT_VIOLATION => {
-                self.ept_violation(reason)?;
+                // All that EPT01 forbids is to write or execute L0's own memory.
+                self.raise(Exception::new(vector::GP))?;
                 Next::Same
             }
             ExitReason::TASK_SWITCH => {
@@ -115,13 +155,32 @@ impl Vcpu {
             ExitReason::NMI_WINDOW | ExitReason::PREEMPTION_TIMER => Next::Same,
             ExitReason::TRIPLE_FAULT => self.end(reason, "L1 shut down by a triple fault"),
             ExitReason::INIT_SIGNAL => self.end(reason, "L1 was reset by INIT"),
-            _ => self.end(reason, "L1 exited for a reason that was not asked for"),
+            _ => return self.vmx_instruction(gprs, reason),
         };
         match next {
             Next::Following => inject::advance_rip(&mut self.host),
             Next::Same => Ok(()),
             Next::Fault(fault) => inject::deliver(&mut self.host, fault),
         }
+    }
+
+    /// One of L1's VMX instructions.
+    fn vmx_instruction(&mut self, gprs: &mut Gprs, reason: ExitReason) -> HostResult {
+        let was = self.engine.in_vmx_operation();
+        let handled = self.host.machine.nested.lock().l1_exit(
+            &mut self.engine,
+            &mut self.host,
+            gprs,
+            reason,
+        )?;
+        if handled == Handled::NotMine {
+            self.end(reason, "L1 exited for a reason that was not asked for");
+        }
+        let is = self.engine.in_vmx_operation();
+        if was != is {
+            guest_cr::set_masks(&mut self.host, is)?;
+        }
+        self.conclude(handled)
     }
 
     /// Ends the machine, since L1 can't go on.
@@ -141,12 +200,16 @@ impl Vcpu {
     }
 
     fn cpuid(&mut self, gprs: &mut Gprs) -> HostResult<Next> {
-        let mirrored = Mirrored {
-            cr4: self.host.vmread(Field::GUEST_CR4)?,
-            controls: ProcCtls2::from_bits_retain(self.host.vmread(Field::PROC_CTLS2)? as u32),
-        };
         let (leaf, subleaf) = (gprs.get(RAX) as u32, gprs.get(RCX) as u32);
-        let answer = guest_cpuid::answer(&self.host, &self.counters, mirrored, leaf, subleaf);
+        let answer = if guest_cpuid::is_own(leaf) {
+            guest_cpuid::own_leaf(self, leaf, subleaf)
+        } else {
+            let mirrored = Mirrored {
+                cr4: self.host.vmread(Field::GUEST_CR4)?,
+                controls: ProcCtls2::from_bits_retain(self.host.vmread(Field::PROC_CTLS2)? as u32),
+            };
+            guest_cpuid::answer(&self.host, mirrored, leaf, subleaf)
+        };
         gprs.set(RAX, u64::from(answer.eax));
         gprs.set(RBX, u64::from(answer.ebx));
         gprs.set(RCX, u64::from(answer.ecx));
@@ -175,16 +238,7 @@ impl Vcpu {
 
     fn control_register(&mut self, gprs: &mut Gprs) -> HostResult<Next> {
         let access = CrAccess::from(self.host.vmread(Field::EXIT_QUALIFICATION)?);
-        Ok(guest_cr::access(&mut self.host, gprs, access, false)?.into())
-    }
-
-    /// L1 did what EPT01 forbids: all it forbids is to write or execute L0's own memory.
-    fn ept_violation(&mut self, reason: ExitReason) -> HostResult {
-        let physical = self.host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?;
-        if !self.host.machine.own.contains(Span { start: physical, end: physical + 1 }) {
-            self.end(reason, "L1 left the physical address space");
-        }
-        self.raise(Exception::new(vector::GP))
+        Ok(guest_cr::access(&mut self.host, gprs, access, self.engine.in_vmx_operation())?.into())
     }
 
     /// L1 switches tasks in hardware, which the processor leaves to software in a guest. L0 has no
@@ -205,11 +259,7 @@ impl Vcpu {
 
     /// EPT01's leaves carry the memory types of the MTRRs, which L1 has changed.
     fn follow_memory_types(&mut self) -> HostResult {
-        let mut ept01 = self.host.machine.ept01.lock();
-        if ept01.follow_mtrrs() {
-            let eptp = ept01.eptp();
-            drop(ept01);
-            self.host.vmwrite(Field::EPT_POINTER, eptp.into_bits())?;
+        if self.host.machine.ept01.lock().follow_mtrrs() {
             self.host.invept(InvEpt::All)?;
         }
         Ok(())
@@ -217,7 +267,9 @@ impl Vcpu {
 
     /// An NMI that came while L0 ran was L1's.
     fn pass_owed_nmi(&mut self) -> HostResult {
-        if !self.processor.owes_nmi() {
+        if self.engine.runs_l2() {
+            // L1 gets it when it runs again, which its own interrupts bring about.
+            self.processor.postpone_owed_nmi();
             return Ok(());
         }
         let pending = IntrInfo::from(self.host.vmread(Field::ENTRY_INTR_INFO)? as u32);

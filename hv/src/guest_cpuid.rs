@@ -8,9 +8,10 @@ use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 use vmx_defs::ProcCtls2;
 
-use crate::counters::{Counters, LAYOUT, REASONS};
+use crate::counters::{LAYOUT, REASONS};
 use crate::guest_msr::HIDDEN_XSTATE;
 use crate::host::Host;
+use crate::vcpu::Vcpu;
 
 /// First leaf of L0.
 const SIGNATURE: u32 = 0x4000_0000;
@@ -56,23 +57,19 @@ fn clear(word: &mut u32, bits: &[u32]) {
     }
 }
 
-/// The answer to CPUID with this EAX and ECX.
-pub(crate) fn answer(
-    host: &Host,
-    counters: &Counters,
-    mirrored: Mirrored,
-    leaf: u32,
-    subleaf: u32,
-) -> Answer {
-    if (SIGNATURE..=LAST_RESERVED).contains(&leaf) {
-        return own_leaf(host, counters, leaf, subleaf);
-    }
+/// Whether `leaf` is one of L0's own, which [`own_leaf`] answers.
+pub(crate) fn is_own(leaf: u32) -> bool {
+    (SIGNATURE..=LAST_RESERVED).contains(&leaf)
+}
+
+/// The answer to CPUID with this EAX and ECX, but for L0's own leaves.
+pub(crate) fn answer(host: &Host, mirrored: Mirrored, leaf: u32, subleaf: u32) -> Answer {
     let real = __cpuid_count(leaf, subleaf);
     let mut answer = Answer { eax: real.eax, ebx: real.ebx, ecx: real.ecx, edx: real.edx };
     let last = if leaf & 0x8000_0000 != 0 { __cpuid(0x8000_0000).eax } else { __cpuid(0).eax };
     if leaf > last {
         // The processor answers as for its last basic leaf.
-        return self::answer(host, counters, mirrored, __cpuid(0).eax, subleaf);
+        return self::answer(host, mirrored, __cpuid(0).eax, subleaf);
     }
     match leaf {
         1 => {
@@ -128,7 +125,8 @@ pub(crate) fn answer(
     answer
 }
 
-fn own_leaf(host: &Host, counters: &Counters, leaf: u32, subleaf: u32) -> Answer {
+/// L0's own leaves: signature and counters, as `docs/counters.md` describes.
+pub(crate) fn own_leaf(vcpu: &Vcpu, leaf: u32, subleaf: u32) -> Answer {
     let pair = |(first, second): (u64, u64)| Answer {
         eax: first as u32,
         ebx: (first >> 32) as u32,
@@ -140,15 +138,35 @@ fn own_leaf(host: &Host, counters: &Counters, leaf: u32, subleaf: u32) -> Answer
             let word = u32::from_le_bytes(*b"nvmx");
             Answer { eax: REASONS_LEAF, ebx: word, ecx: word, edx: word }
         }
-        SIZES => Answer { eax: LAYOUT, ebx: 4, ecx: REASONS as u32, edx: 0 },
-        TOTALS => pair(match subleaf {
-            0 => counters.all_exits(),
-            1 => (host.cpu.vmreads(), host.cpu.vmwrites()),
-            2 => (host.cpu.invepts(), host.cpu.invvpids()),
-            3 => (host.cpu.vmptrlds(), 0),
-            _ => (0, 0),
-        }),
-        REASONS_LEAF => pair(counters.exits(subleaf)),
+        SIZES => Answer { eax: LAYOUT, ebx: TOTAL_PAIRS, ecx: REASONS as u32, edx: 0 },
+        TOTALS => pair(total(vcpu, subleaf)),
+        REASONS_LEAF => pair(vcpu.counters.exits(subleaf)),
         _ => Answer::default(),
+    }
+}
+
+/// Number of sub-leaves with totals.
+const TOTAL_PAIRS: u32 = 9;
+
+fn total(vcpu: &Vcpu, subleaf: u32) -> (u64, u64) {
+    let cpu = &vcpu.host.cpu;
+    let engine = vcpu.engine.counters();
+    let nested = vcpu.host.machine.nested.lock();
+    let shadow = nested.shadow_counters();
+    match subleaf {
+        0 => vcpu.counters.all_exits(),
+        1 => (cpu.vmreads(), cpu.vmwrites()),
+        2 => (cpu.invepts(), cpu.invvpids()),
+        3 => (cpu.vmptrlds(), vcpu.engine.vpid_flushes()),
+        4 => (engine.entries, engine.reflected),
+        // No switch is exitless yet.
+        5 => (engine.switches, 0),
+        6 => (shadow.fills, shadow.entries),
+        7 => (shadow.roots_built, shadow.roots_dropped),
+        8 => {
+            let (tables, roots) = nested.shadow_usage();
+            (tables as u64, roots as u64)
+        }
+        _ => (0, 0),
     }
 }

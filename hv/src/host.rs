@@ -177,10 +177,6 @@ impl L1Memory for Host {
     fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {
         self.machine.ept01.lock().translate(gpa)
     }
-
-    fn is_ram(&mut self, gpa: L1Gpa) -> bool {
-        self.ram::<u8>(gpa.page(), PAGE).is_some()
-    }
 }
 
 impl Frames for Host {

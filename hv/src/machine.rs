@@ -3,6 +3,7 @@
 
 use arrayvec::ArrayVec;
 use nvmx::caps::{Caps, HardwareCaps};
+use nvmx::engine::Nested;
 use spin::{Mutex, Once};
 
 use crate::ept01::Ept01;
@@ -23,6 +24,8 @@ pub(crate) struct Machine {
     pub(crate) own: Span,
     /// What L1 is offered of VMX.
     pub(crate) caps: Caps,
+    /// The engine's part that all processors share.
+    pub(crate) nested: Mutex<Nested>,
     /// What the processors have of VMX.
     pub(crate) hardware: HardwareCaps,
     /// L1's address space.
@@ -36,7 +39,7 @@ impl Machine {
     pub(crate) fn new(
         options: Options,
         map: &MemoryMap,
-        caps: Caps,
+        nested: Nested,
         hardware: HardwareCaps,
         ept01: Ept01,
     ) -> Self {
@@ -52,7 +55,15 @@ impl Machine {
                 }
             }
         }
-        Self { options, ram, own: crate::region::own(), caps, hardware, ept01: Mutex::new(ept01) }
+        Self {
+            options,
+            ram,
+            own: crate::region::own(),
+            caps: nested.caps().clone(),
+            nested: Mutex::new(nested),
+            hardware,
+            ept01: Mutex::new(ept01),
+        }
     }
 
     /// Makes `machine` the one.

@@ -43,6 +43,9 @@ use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 use arrayvec::ArrayVec;
 use nvmx::caps::{Caps, HardwareCaps};
+use nvmx::engine::{self, Config, Nested};
+use nvmx::paging::AddressSizes;
+use vmx_defs::Hpa;
 use vmx_defs::msr::{self as number, EptVpidCap};
 
 use crate::console::fail;
@@ -50,7 +53,7 @@ use crate::ept01::Ept01;
 use crate::handover::Handover;
 use crate::machine::Machine;
 use crate::options::{Options, VmfuncMode};
-use crate::phys::{Span, direct};
+use crate::phys::{PAGE, Span, direct};
 use crate::region::Region;
 use crate::vcpu::Vcpu;
 
@@ -142,11 +145,27 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         Ok(caps) => caps,
         Err(missing) => fail(format_args!("the processor lacks {missing}")),
     };
-    let has_1g_pages = EptVpidCap::from_bits_retain(hardware.msr(number::VMX_EPT_VPID_CAP))
-        .contains(EptVpidCap::PAGE_1G);
-    let ept01 = Ept01::new(&mut region, hardware.physical_width, has_1g_pages);
+    let ept01 = Ept01::new(&mut region, hardware.physical_width, has_1g_ept_pages(&hardware));
     let frames = vcpu::take_frames(&mut region);
-    let machine = Machine::install(Machine::new(options, &map, caps, hardware, ept01));
+    let pool = region.take_rest();
+    let nested = Nested::new(Config {
+        sizes: AddressSizes {
+            physical_width: caps.physical_width,
+            gigabyte_pages: __cpuid(0x8000_0001).edx & 1 << 26 != 0,
+        },
+        caps,
+        frames: Hpa::new(pool.start),
+        frame_count: u32::try_from(pool.len() / PAGE).unwrap_or(u32::MAX),
+        roots: ROOTS,
+        processors: 1,
+        vmcs_cache: VMCS_CACHE,
+        vmfunc: match options.vmfunc {
+            VmfuncMode::Exitless | VmfuncMode::Emulated => engine::VmfuncMode::Emulated,
+            VmfuncMode::Reload => engine::VmfuncMode::Reload,
+        },
+        ept01: ept01.eptp(),
+    });
+    let machine = Machine::install(Machine::new(options, &map, nested, hardware, ept01));
     let stack_top = paging::boot_stack_top();
     // SAFETY: this is the first processor, and this function never returns to its stack.
     let vcpu = match unsafe { Vcpu::new(machine, processor, frames, stack_top) } {
@@ -159,6 +178,16 @@ extern "C" fn start_of_rust(information: u32) -> ! {
     unsafe { vcpu.start_multiboot(start, stack_top) }
 }
 
+/// Shadow roots that are kept: a full list of L1's for each of two VMCSs.
+const ROOTS: u32 = 1024;
+/// VMCSs of L1 that are kept out of its memory.
+const VMCS_CACHE: usize = 64;
+
+fn has_1g_ept_pages(hardware: &HardwareCaps) -> bool {
+    EptVpidCap::from_bits_retain(hardware.msr(number::VMX_EPT_VPID_CAP))
+        .contains(EptVpidCap::PAGE_1G)
+}
+
 /// What this processor reports of VMX, and of what VM entries check.
 fn hardware_caps() -> HardwareCaps {
     let sizes = __cpuid(0x8000_0008).eax;
@@ -166,7 +195,7 @@ fn hardware_caps() -> HardwareCaps {
     let has_leaf_7 = __cpuid(0).eax >= 7;
     let structured = __cpuid_count(7, 0);
     let bit = |word: u32, from: u32, to: u32| u64::from(word >> from & 1) << to;
-    HardwareCaps {
+    let mut hardware = HardwareCaps {
         msrs: HardwareCaps::read_msrs(msr::read),
         physical_width: sizes as u8,
         linear_width: (sizes >> 8) as u8,
@@ -182,5 +211,8 @@ fn hardware_caps() -> HardwareCaps {
         },
         // Hidden.
         sgx: false,
-    }
+    };
+    let greatest = ept01::greatest_width(has_1g_ept_pages(&hardware));
+    hardware.physical_width = hardware.physical_width.min(greatest);
+    hardware
 }

@@ -8,6 +8,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use crate::trap;
 use crate::vcpu::Vcpu;
+use crate::world::{self, Event};
 
 /// Selector of L0's 64-bit code.
 pub(crate) const CODE: u16 = 0x08;
@@ -41,8 +42,8 @@ pub(crate) struct Processor {
     nmi_owed: AtomicU32,
     /// The next entry is a VMLAUNCH. At GS:4.
     launch: AtomicU32,
-    /// The exit path was taken without an exit, for an NMI. At GS:8.
-    retry: AtomicU32,
+    /// Why the exit path was taken, if not for an exit. At GS:8.
+    event: AtomicU32,
     /// An NMI is owed that could not be injected yet.
     nmi_postponed: AtomicU32,
     /// What the exit path works on. At GS:16.
@@ -80,7 +81,7 @@ impl Processor {
         let processor = Box::leak(Box::new(Self {
             nmi_owed: AtomicU32::new(0),
             launch: AtomicU32::new(0),
-            retry: AtomicU32::new(0),
+            event: AtomicU32::new(0),
             nmi_postponed: AtomicU32::new(0),
             vcpu: AtomicPtr::new(core::ptr::null_mut()),
             index,
@@ -124,13 +125,15 @@ impl Processor {
         self.launch.store(u32::from(launch), Ordering::Relaxed);
     }
 
-    /// Whether the exit path was taken without an exit; the flag is cleared.
-    pub(crate) fn take_retry(&self) -> bool {
-        let retry = self.retry.load(Ordering::Relaxed) != 0;
-        if retry {
-            self.retry.store(0, Ordering::Relaxed);
+    /// Why the exit path was taken.
+    pub(crate) fn take_event(&self) -> Event {
+        match self.event.load(Ordering::Relaxed) {
+            0 => Event::Exit,
+            event => {
+                self.event.store(0, Ordering::Relaxed);
+                if event == world::RETRY { Event::Retry } else { Event::EntryFailed }
+            }
         }
-        retry
     }
 
     /// Linear address of the descriptor table.
@@ -209,6 +212,6 @@ impl Processor {
 const _: () = {
     assert!(core::mem::offset_of!(Processor, nmi_owed) == 0);
     assert!(core::mem::offset_of!(Processor, launch) == 4);
-    assert!(core::mem::offset_of!(Processor, retry) == 8);
+    assert!(core::mem::offset_of!(Processor, event) == 8);
     assert!(core::mem::offset_of!(Processor, vcpu) == 16);
 };

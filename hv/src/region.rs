@@ -65,9 +65,9 @@ impl Region {
         start
     }
 
-    /// Gives the heap its memory: a quarter of the range.
+    /// Gives the heap its memory: an eighth of the range.
     pub(crate) fn start_heap(&mut self) {
-        let len = self.span.len() / 4;
+        let len = self.span.len() / 8;
         let start = self.take_frames(len / PAGE);
         // SAFETY: the frames were just taken and belong to nobody else.
         let claimed = unsafe { HEAP.lock().claim(direct(start), len as usize) };

@@ -7,6 +7,7 @@ use alloc::boxed::Box;
 use core::arch::x86_64::__cpuid;
 
 use nvmx::Gprs;
+use nvmx::engine;
 use nvmx::host::{HostResult, Vmx};
 use vmx_defs::event::activity;
 use vmx_defs::msr::{self as number, Allowed, FeatureControl, VmxBasic};
@@ -52,6 +53,8 @@ pub(crate) struct Vcpu {
     pub(crate) host: Host,
     /// What L0 keeps of the processor.
     pub(crate) processor: &'static Processor,
+    /// What the engine keeps of the processor.
+    pub(crate) engine: engine::Processor,
     /// What happened on it.
     pub(crate) counters: Counters,
 }
@@ -65,6 +68,12 @@ pub(crate) struct VmxFrames {
     pub(crate) vmcs01: Hpa,
     /// L1's MSR bitmap.
     pub(crate) msr_bitmap: Hpa,
+    /// vmcs02.
+    pub(crate) vmcs02: Hpa,
+    /// L2's MSR bitmap.
+    pub(crate) msr_bitmap02: Hpa,
+    /// Stands for pages that L0 hides where the processor would write to them.
+    pub(crate) scratch: Hpa,
 }
 
 /// What kept a processor out of VMX operation.
@@ -156,90 +165,16 @@ impl Vcpu {
         // SAFETY: as the caller promises.
         let cpu = unsafe { enter_vmx_operation(machine, frames.vmxon)? };
         let apic_base = msr::read(number::APIC_BASE);
-        let host = Host { cpu, machine, apic_base, memory_types_changed: false };
-        let mut vcpu = Box::new(Self { host, processor, counters: Counters::new() });
+        let mut host = Host { cpu, machine, apic_base, memory_types_changed: false };
         write_revision(machine, frames.vmcs01);
+        write_revision(machine, frames.vmcs02);
         // SAFETY: the frame is a page of L0's own for the bitmap, which no processor uses yet.
         guest_msr::fill_bitmap(unsafe { &mut *direct(frames.msr_bitmap.as_u64()) });
-        if let Err(error) = vcpu.set_up(frames, stack_top) {
-            crate::console::fail(format_args!("vmcs01: {error:?}"));
+        let engine = set_up(&mut host, processor, frames, stack_top);
+        match engine {
+            Ok(engine) => Ok(Box::new(Self { host, processor, engine, counters: Counters::new() })),
+            Err(error) => crate::console::fail(format_args!("vmcs01: {error:?}")),
         }
-        Ok(vcpu)
-    }
-
-    /// Writes all of vmcs01 that does not depend on how L1 starts.
-    fn set_up(&mut self, frames: VmxFrames, stack_top: u64) -> HostResult {
-        let host = &mut self.host;
-        host.cpu.vmclear(frames.vmcs01)?;
-        host.vmptrld(frames.vmcs01)?;
-
-        let hardware = &host.machine.hardware;
-        let adjust = |register, wanted| Allowed::from_msr(hardware.msr(register)).adjust(wanted);
-        let pin = adjust(number::VMX_TRUE_PINBASED_CTLS, PinCtls::empty().bits());
-        let proc = adjust(
-            number::VMX_TRUE_PROCBASED_CTLS,
-            (ProcCtls::MSR_BITMAPS | ProcCtls::SECONDARY_CONTROLS).bits(),
-        );
-        let proc2 = adjust(
-            number::VMX_PROCBASED_CTLS2,
-            (ProcCtls2::EPT
-                | ProcCtls2::VPID
-                | ProcCtls2::UNRESTRICTED_GUEST
-                | ProcCtls2::RDTSCP
-                | ProcCtls2::INVPCID
-                | ProcCtls2::XSAVES
-                | ProcCtls2::ENCLS_EXITING
-                | ProcCtls2::USER_WAIT_PAUSE)
-                .bits(),
-        );
-        let exit = adjust(
-            number::VMX_TRUE_EXIT_CTLS,
-            (ExitCtls::SAVE_DEBUG_CONTROLS
-                | ExitCtls::HOST_ADDRESS_SPACE_SIZE
-                | ExitCtls::SAVE_PAT
-                | ExitCtls::LOAD_PAT
-                | ExitCtls::SAVE_EFER
-                | ExitCtls::LOAD_EFER)
-                .bits(),
-        );
-        let entry = adjust(
-            number::VMX_TRUE_ENTRY_CTLS,
-            (EntryCtls::LOAD_DEBUG_CONTROLS | EntryCtls::LOAD_PAT | EntryCtls::LOAD_EFER).bits(),
-        );
-        for (field, value) in [
-            (Field::PIN_CTLS, pin),
-            (Field::PROC_CTLS, proc),
-            (Field::PROC_CTLS2, proc2),
-            (Field::EXIT_CTLS, exit),
-            (Field::ENTRY_CTLS, entry),
-        ] {
-            host.vmwrite(field, u64::from(value))?;
-        }
-        let proc2 = ProcCtls2::from_bits_retain(proc2);
-        if proc2.contains(ProcCtls2::ENCLS_EXITING) {
-            host.vmwrite(Field::ENCLS_EXITING_BITMAP, u64::MAX)?;
-        }
-        if proc2.contains(ProcCtls2::XSAVES) {
-            host.vmwrite(Field::XSS_EXITING_BITMAP, 0)?;
-        }
-        let eptp = host.machine.ept01.lock().eptp();
-        for (field, value) in [
-            (Field::VPID, u64::from(VPID01)),
-            (Field::EPT_POINTER, eptp.into_bits()),
-            (Field::MSR_BITMAP, frames.msr_bitmap.as_u64()),
-            (Field::VMCS_LINK_POINTER, u64::MAX),
-            (Field::EXCEPTION_BITMAP, 0),
-            (Field::PF_ERROR_MASK, 0),
-            (Field::PF_ERROR_MATCH, 0),
-            (Field::CR3_TARGET_COUNT, 0),
-            (Field::EXIT_MSR_STORE_COUNT, 0),
-            (Field::EXIT_MSR_LOAD_COUNT, 0),
-            (Field::ENTRY_MSR_LOAD_COUNT, 0),
-            (Field::ENTRY_INTR_INFO, 0),
-        ] {
-            host.vmwrite(field, value)?;
-        }
-        set_up_host_state(host, self.processor, stack_top)
     }
 
     /// Enters L1 as the Multiboot Specification's "Machine state" says.
@@ -366,6 +301,95 @@ impl Vcpu {
     }
 }
 
+/// Writes all of vmcs01 that does not depend on how L1 starts, and prepares vmcs02.
+fn set_up(
+    host: &mut Host,
+    processor: &'static Processor,
+    frames: VmxFrames,
+    stack_top: u64,
+) -> HostResult<engine::Processor> {
+    host.cpu.vmclear(frames.vmcs01)?;
+    host.vmptrld(frames.vmcs01)?;
+
+    let hardware = &host.machine.hardware;
+    let adjust = |register, wanted| Allowed::from_msr(hardware.msr(register)).adjust(wanted);
+    let pin = adjust(number::VMX_TRUE_PINBASED_CTLS, PinCtls::empty().bits());
+    let proc = adjust(
+        number::VMX_TRUE_PROCBASED_CTLS,
+        (ProcCtls::MSR_BITMAPS | ProcCtls::SECONDARY_CONTROLS).bits(),
+    );
+    let proc2 = adjust(
+        number::VMX_PROCBASED_CTLS2,
+        (ProcCtls2::EPT
+            | ProcCtls2::VPID
+            | ProcCtls2::UNRESTRICTED_GUEST
+            | ProcCtls2::RDTSCP
+            | ProcCtls2::INVPCID
+            | ProcCtls2::XSAVES
+            | ProcCtls2::ENCLS_EXITING
+            | ProcCtls2::USER_WAIT_PAUSE)
+            .bits(),
+    );
+    let exit = adjust(
+        number::VMX_TRUE_EXIT_CTLS,
+        (ExitCtls::SAVE_DEBUG_CONTROLS
+            | ExitCtls::HOST_ADDRESS_SPACE_SIZE
+            | ExitCtls::SAVE_PAT
+            | ExitCtls::LOAD_PAT
+            | ExitCtls::SAVE_EFER
+            | ExitCtls::LOAD_EFER)
+            .bits(),
+    );
+    let entry = adjust(
+        number::VMX_TRUE_ENTRY_CTLS,
+        (EntryCtls::LOAD_DEBUG_CONTROLS | EntryCtls::LOAD_PAT | EntryCtls::LOAD_EFER).bits(),
+    );
+    for (field, value) in [
+        (Field::PIN_CTLS, pin),
+        (Field::PROC_CTLS, proc),
+        (Field::PROC_CTLS2, proc2),
+        (Field::EXIT_CTLS, exit),
+        (Field::ENTRY_CTLS, entry),
+    ] {
+        host.vmwrite(field, u64::from(value))?;
+    }
+    let proc2 = ProcCtls2::from_bits_retain(proc2);
+    if proc2.contains(ProcCtls2::ENCLS_EXITING) {
+        host.vmwrite(Field::ENCLS_EXITING_BITMAP, u64::MAX)?;
+    }
+    if proc2.contains(ProcCtls2::XSAVES) {
+        host.vmwrite(Field::XSS_EXITING_BITMAP, 0)?;
+    }
+    let eptp = host.machine.ept01.lock().eptp();
+    for (field, value) in [
+        (Field::VPID, u64::from(VPID01)),
+        (Field::EPT_POINTER, eptp.into_bits()),
+        (Field::MSR_BITMAP, frames.msr_bitmap.as_u64()),
+        (Field::VMCS_LINK_POINTER, u64::MAX),
+        (Field::EXCEPTION_BITMAP, 0),
+        (Field::PF_ERROR_MASK, 0),
+        (Field::PF_ERROR_MATCH, 0),
+        (Field::CR3_TARGET_COUNT, 0),
+        (Field::EXIT_MSR_STORE_COUNT, 0),
+        (Field::EXIT_MSR_LOAD_COUNT, 0),
+        (Field::ENTRY_MSR_LOAD_COUNT, 0),
+        (Field::ENTRY_INTR_INFO, 0),
+    ] {
+        host.vmwrite(field, value)?;
+    }
+    set_up_host_state(host, processor, stack_top)?;
+    host.cpu.vmclear(frames.vmcs02)?;
+    let nested = host.machine.nested.lock();
+    nested.processor(
+        host,
+        processor.index as usize,
+        frames.vmcs01,
+        frames.vmcs02,
+        frames.msr_bitmap02,
+        frames.scratch,
+    )
+}
+
 /// Writes the host-state area, the same for vmcs01 and vmcs02: what L0 runs with.
 pub(crate) fn set_up_host_state(
     host: &mut impl Vmx,
@@ -403,10 +427,14 @@ pub(crate) fn set_up_host_state(
 
 /// Frames for one processor, out of L0's memory.
 pub(crate) fn take_frames(region: &mut crate::region::Region) -> VmxFrames {
-    let start = region.take_frames(3);
+    let start = region.take_frames(6);
+    let frame = |n: u64| Hpa::new(start + n * PAGE);
     VmxFrames {
-        vmxon: Hpa::new(start),
-        vmcs01: Hpa::new(start + PAGE),
-        msr_bitmap: Hpa::new(start + 2 * PAGE),
+        vmxon: frame(0),
+        vmcs01: frame(1),
+        msr_bitmap: frame(2),
+        vmcs02: frame(3),
+        msr_bitmap02: frame(4),
+        scratch: frame(5),
     }
 }

@@ -15,7 +15,10 @@ core::arch::global_asm!(
 
     // An NMI came after the last look at the flag: nothing was entered, look again.
     nvmx_entry_retry:
-        mov dword ptr gs:[8], 1
+        mov dword ptr gs:[8], {retry}
+        jmp nvmx_vm_exit
+    nvmx_entry_failed:
+        mov dword ptr gs:[8], {entry_failed}
     // The host RIP of every VMCS. The order of the pushes is that of `nvmx::Gprs`.
     nvmx_vm_exit:
         push r15
@@ -68,12 +71,11 @@ core::arch::global_asm!(
         cmp dword ptr gs:[4], 0
         jne nvmx_entry_instruction
         vmresume
-        jmp entry_failed
+        // The guest's registers are still in place.
+        jmp nvmx_entry_failed
     nvmx_entry_instruction:
         vmlaunch
-    entry_failed:
-        call {failed}
-        ud2
+        jmp nvmx_entry_failed
 
     // RDI: the guest's first general registers. RSI: the top of the stack.
     nvmx_first_entry:
@@ -90,8 +92,25 @@ core::arch::global_asm!(
         jmp nvmx_enter
     "#,
     handle = sym crate::exit::handle,
-    failed = sym crate::exit::entry_failed,
+    retry = const RETRY,
+    entry_failed = const ENTRY_FAILED,
 );
+
+/// Why the exit path is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A VM exit.
+    Exit,
+    /// An NMI came before the guest was entered: nothing has happened.
+    Retry,
+    /// The guest was not entered: the instruction failed.
+    EntryFailed,
+}
+
+/// [`Event::Retry`] as the assembly leaves it at GS:8.
+pub(crate) const RETRY: u32 = 1;
+/// [`Event::EntryFailed`] as the assembly leaves it at GS:8.
+pub(crate) const ENTRY_FAILED: u32 = 2;
 
 unsafe extern "C" {
     static nvmx_vm_exit: u8;
