@@ -73,6 +73,17 @@ pub fn l0_signature() -> Option<[u8; 12]> {
     Some(text)
 }
 
+/// How often L2 has exited to nvmx for this basic reason, if nvmx is the hypervisor below and has
+/// counters of the layout that this program knows (version 1: leaf 4000_0003H, the reason in ECX,
+/// L2's count in ECX and EDX).
+pub fn l0_exits_of_l2(reason: ExitReason) -> Option<u64> {
+    if l0_signature()? != *b"nvmxnvmxnvmx" || __cpuid(0x4000_0001).eax != 1 {
+        return None;
+    }
+    let leaf = __cpuid_count(0x4000_0003, reason.bits());
+    Some(u64::from(leaf.edx) << 32 | u64::from(leaf.ecx))
+}
+
 /// The capability MSRs, TRUE ones where they exist.
 #[derive(Clone, Copy, Debug)]
 pub struct Caps {

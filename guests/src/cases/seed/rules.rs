@@ -41,12 +41,19 @@ fn rotate(stage: &mut Stage, results: Page, op: Op) -> Result<(), Outcome> {
     stage.vm.exec(op)
 }
 
-/// S2: later switches find what earlier ones used, although L1 does nothing in between.
+/// S2: later switches find what earlier ones used, although L1 does nothing in between. Where L0
+/// lets its exits be counted, none of them is an EPT violation: no root was discarded.
 pub(super) fn keeps_roots(ctx: &mut Ctx<'_>, setting: Setting) -> Verdict {
     let mut stage = Stage::new(ctx, setting)?;
     let results = ctx.arena.page();
     for round in 0..3 {
+        let before = crate::vmx::l0_exits_of_l2(ExitReason::EPT_VIOLATION);
         rotate(&mut stage, results, Op::Rotate)?;
+        if let (1.., Some(before), Some(after)) =
+            (round, before, crate::vmx::l0_exits_of_l2(ExitReason::EPT_VIOLATION))
+        {
+            ensure_eq!(after - before, 0, "L0's EPT violations of L2 in round {round}");
+        }
         for view in 0..setting.views {
             let read = results.read(view) as u32;
             ensure_eq!(u64::from(read), Views::value(view), "view {view} in round {round}");
