@@ -90,7 +90,7 @@ impl Outcome {
         match self.failure {
             None => Ok(self.serial),
             Some(reason) => {
-                let tail = if self.shown { "" } else { last_lines(&self.serial, TAIL) };
+                let tail = if self.shown { "" } else { last_lines(&self.serial) };
                 let said = if tail.is_empty() { "" } else { "COM1 ended with:\n" };
                 let gap = if tail.is_empty() || tail.ends_with('\n') { "" } else { "\n" };
                 bail!("{reason}\n{said}{tail}{gap}logs kept in {}", self.folder.display())
@@ -270,9 +270,9 @@ impl Watch<'_> {
     }
 }
 
-/// The last `count` lines of a text, each with its end.
-fn last_lines(text: &str, count: usize) -> &str {
-    let start = text.trim_end().rmatch_indices('\n').nth(count - 1).map_or(0, |(at, _)| at + 1);
+/// The last few lines of a text, each with its end.
+pub(crate) fn last_lines(text: &str) -> &str {
+    let start = text.trim_end().rmatch_indices('\n').nth(TAIL - 1).map_or(0, |(at, _)| at + 1);
     &text[start..]
 }
 
@@ -348,9 +348,10 @@ mod tests {
 
     #[test]
     fn the_last_lines() {
-        assert_eq!(last_lines("", 2), "");
-        assert_eq!(last_lines("a\nb\n", 2), "a\nb\n");
-        assert_eq!(last_lines("a\nb\nc\n", 2), "b\nc\n");
+        assert_eq!(last_lines(""), "");
+        assert_eq!(last_lines("a\nb\n"), "a\nb\n");
+        let text = "a line\n".repeat(2 * TAIL);
+        assert_eq!(last_lines(&text), "a line\n".repeat(TAIL));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
     deviations::{self, Deviations, Place},
     foreign::{self, Told},
     images, lint,
-    run::{Run, Until, until_regex},
+    run::{Run, Until, last_lines, until_regex},
     serial::{Counts, Report},
     workspace::Workspace,
 };
@@ -292,7 +292,10 @@ impl Tests<'_> {
                     faults.push(format!("only {total} cases, not {CASES}"));
                 }
             }
-            Err(reason) => faults.push(reason.clone()),
+            Err(reason) => {
+                faults.push(reason.clone());
+                faults.push(format!("COM1 ended with:\n{}", last_lines(&outcome.serial)));
+            }
         }
         if !faults.is_empty() {
             faults.push(format!("logs kept in {}", outcome.folder.display()));
