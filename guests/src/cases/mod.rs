@@ -3,6 +3,7 @@
 use crate::suite::Case;
 
 pub mod ept;
+pub mod fields;
 pub mod harness;
 pub mod instructions;
 pub mod intercepts;
@@ -13,6 +14,7 @@ pub mod seed;
 pub const ALL: &[&[Case]] = &[
     harness::CASES,
     instructions::CASES,
+    fields::CASES,
     l2::CASES,
     intercepts::CASES,
     ept::MATRIX,

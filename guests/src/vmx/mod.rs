@@ -4,6 +4,7 @@
 
 mod enter;
 pub mod ept;
+mod existence;
 pub mod exit;
 pub mod paging;
 pub mod program;
@@ -155,7 +156,7 @@ impl Caps {
 }
 
 /// Regions that a processor may hold in its caches, to be VMCLEARed before their pages are reused.
-static REGIONS: Single<ArrayVec<u64, 64>> = Single::new(ArrayVec::new_const());
+static REGIONS: Single<ArrayVec<u64, 256>> = Single::new(ArrayVec::new_const());
 
 /// VMX root operation, as a case uses it. The harness leaves it after the case.
 #[derive(Clone, Copy)]
