@@ -202,6 +202,7 @@ impl Vmx {
         // SAFETY: the region is a fresh page, given to the processor.
         let entered = unsafe { vmx_hw::vmxon(Hpa::new(vmxon_region.address())) };
         crate::ensure_eq!(entered, Ok(()), "VMXON");
+        forget_translations(&caps)?;
         Ok(Self { caps, vmxon_region })
     }
 
@@ -212,6 +213,24 @@ impl Vmx {
         note_region(page);
         page
     }
+}
+
+/// Drops all that is cached of EPT and by VPID: earlier cases used the same pages and VPIDs for other
+/// things, and neither VMXOFF nor VMXON drops anything (SDM Vol. 3C, "Guidelines for Use of the
+/// INVEPT Instruction", "Guidelines for Use of the INVVPID Instruction").
+fn forget_translations(caps: &Caps) -> Result<(), Stop> {
+    const ALL_CONTEXTS: u64 = 2;
+    if caps.ept.contains(EptVpidCap::INVEPT | EptVpidCap::INVEPT_ALL) {
+        // SAFETY: drops cached translations only.
+        let result = unsafe { vmx_hw::invept(ALL_CONTEXTS, [0; 2]) };
+        crate::ensure_eq!(result, Ok(()), "INVEPT of all contexts");
+    }
+    if caps.ept.contains(EptVpidCap::INVVPID | EptVpidCap::INVVPID_ALL) {
+        // SAFETY: as above.
+        let result = unsafe { vmx_hw::invvpid(ALL_CONTEXTS, [0; 2]) };
+        crate::ensure_eq!(result, Ok(()), "INVVPID of all contexts");
+    }
+    Ok(())
 }
 
 /// Has `page` VMCLEARed after the case, because VMPTRLD may have given it to the processor.

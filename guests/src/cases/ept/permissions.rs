@@ -41,6 +41,8 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "ept.violation.then_granted", run: then_granted },
     Case { name: "ept.violation.then_repointed", run: then_repointed },
     Case { name: "ept.reduction.seen_after_invept", run: reduction },
+    Case { name: "ept.reduction.between_invept_and_entry", run: reduction_late },
+    Case { name: "ept.reduction.between_vmxon_and_entry", run: reduction_vmxon },
     Case { name: "ept.1g_page", run: page_1g },
 ];
 
@@ -144,6 +146,60 @@ fn reduction(ctx: &mut Ctx<'_>) -> Verdict {
             Access::Read
         };
         stage.denied(access, permissions)?;
+    }
+    Ok(())
+}
+
+/// Nothing is cached in VMX root operation ("Creating and Using Cached Translation Information"):
+/// what changes after INVEPT and before the next VM entry needs no other INVEPT.
+fn reduction_late(ctx: &mut Ctx<'_>) -> Verdict {
+    let mut stage = Stage::new(ctx, Size::K4)?;
+    let eptp = stage.vm.ept.eptp(false);
+    let full = stage.leaf.get();
+    for permissions in [3, 1, 0] {
+        for access in [Access::Read, Access::Write, Access::Fetch] {
+            stage.leaf.set(full);
+            stage.allowed(access)?;
+            crate::vmx::invept_single(eptp)?;
+            stage.leaf.set(full & !7 | permissions);
+            if permissions & access.bit() == 0 {
+                stage.denied(access, permissions)?;
+            } else {
+                stage.allowed(access)?;
+            }
+            stage.leaf.set(full);
+            stage.allowed(access)?;
+        }
+    }
+    // The entry of an upper level, pointed to another table.
+    let slot = stage.vm.ept.slot(ctx.arena, L2Gpa::new(TARGET), 2);
+    let (table, page) = (ctx.arena.page(), ctx.arena.page());
+    page.write(1, 0xC0B1);
+    table.write(5, page.address() | LEAF);
+    stage.allowed(Access::Read)?;
+    crate::vmx::invept_single(eptp)?;
+    slot.set(table.address() | crate::vmx::ept::TABLE);
+    ensure_eq!(stage.vm.load(TARGET)?, 0xC0B1, "what L2 reads through the new table");
+    Ok(())
+}
+
+/// The same with the INVEPT of all contexts that a hypervisor does when it starts, and an EPT whose
+/// tables lie where others lay before.
+fn reduction_vmxon(ctx: &mut Ctx<'_>) -> Verdict {
+    let mark = ctx.arena.mark();
+    for full in [true, false, true] {
+        let mut stage = Stage::new(ctx, Size::K4)?;
+        if full {
+            for access in [Access::Read, Access::Write, Access::Fetch] {
+                stage.allowed(access)?;
+            }
+        } else {
+            stage.leaf.set(stage.leaf.get() & !7 | 1);
+            stage.allowed(Access::Read)?;
+            stage.denied(Access::Write, 1)?;
+        }
+        crate::vmx::leave();
+        ctx.arena.rewind(mark);
     }
     Ok(())
 }
