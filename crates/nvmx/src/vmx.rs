@@ -183,7 +183,7 @@ impl Nested {
             }
             Instruction::Invept => {
                 let operands = decode(host)?;
-                self.invept(host, gprs, operands)
+                self.invept(processor, host, gprs, operands)
             }
             Instruction::Invvpid => {
                 let operands = decode(host)?;
@@ -359,6 +359,7 @@ impl Nested {
 
     fn invept(
         &mut self,
+        processor: &Processor,
         host: &mut impl Host,
         gprs: &Gprs,
         operands: Operands,
@@ -386,9 +387,9 @@ impl Nested {
             if !eptp.is_valid(caps.ept_vpid, caps.physical_width) {
                 return invalid;
             }
-            self.shadow.invalidate(host, Some(eptp))?;
+            self.shadow.invalidate(host, processor.number, Some(eptp))?;
         } else {
-            self.shadow.invalidate(host, None)?;
+            self.shadow.invalidate(host, processor.number, None)?;
         }
         Ok(Succeed)
     }

@@ -2,9 +2,23 @@
 //!
 //! Shadow tables are shared between roots as L1 shares its tables: a table is found by the L1 page
 //! it shadows, its level and its role. Nothing of EPT12 is write-protected. Growth is found by EPT
-//! violation, reduction takes effect at L1's INVEPT, which composes every live entry anew from L1's
-//! tables and stores what differs. A shadow entry is a pure function of one L1 entry and of EPT01,
-//! so that comparing a fresh composition with what stands there says all a snapshot could.
+//! violation. A shadow entry is a pure function of one L1 entry and of EPT01, so that composing it
+//! again and comparing with what stands there says all a snapshot could.
+//!
+//! What may be stale, and how long? A processor caches mappings of an EP4TA only while it runs L2 on
+//! it, and keeps them until an INVEPT there. So an entry may be used by a root, on a processor, if
+//! it was composed while the root was in use on that processor and no INVEPT has come since. When a
+//! root comes into use, entries that fail this are composed anew, and only those:
+//!
+//! - after an INVEPT of L1, all that the root reaches. Not at the INVEPT itself: L1 may invalidate
+//!   first and change its tables then, since nothing is cached before its next VM entry;
+//! - else, the tables that got entries while the root was not in use, by another root that shares
+//!   them or on another processor;
+//! - a table that was there already and is linked into a root, since the root had nothing cached
+//!   through it.
+//!
+//! Where nothing was composed since, which is the rule when L2 switches among warm roots, this is
+//! one comparison.
 
 use super::pool::{Epoch, Pool, Table, TableId, TableKey, mix};
 use super::role::Role;
@@ -76,7 +90,12 @@ struct Processor {
     root: Option<RootId>,
     /// The last epoch whose flush it has done.
     epoch: Epoch,
+    /// When L1 last executed an all-context INVEPT on it.
+    invalidated: u64,
 }
+
+/// The stamp of a root that has nothing it may use without composing it anew.
+const NEVER: u64 = 0;
 
 /// The shadow MMU of one virtual machine: all of its roots and tables.
 #[derive(Debug)]
@@ -87,7 +106,12 @@ pub struct Shadow {
     free_roots: Vec<u32>,
     root_index: HashTable<u32>,
     processors: Vec<Processor>,
+    /// For each root and processor, when the root was last in use there; [`NEVER`] after an INVEPT.
+    last_use: Vec<u64>,
+    /// Counts the events that are put in order: uses of roots and compositions.
     clock: u64,
+    /// When an entry was last composed.
+    last_change: u64,
     counters: ShadowCounters,
 }
 
@@ -110,7 +134,9 @@ impl Shadow {
             free_roots: (0..roots).rev().collect(),
             root_index: HashTable::with_capacity(count),
             processors: alloc::vec![Processor::default(); processors],
-            clock: 0,
+            last_use: alloc::vec![NEVER; count.saturating_mul(processors)],
+            clock: NEVER,
+            last_change: NEVER,
             counters: ShadowCounters::default(),
         }
     }
@@ -144,6 +170,11 @@ impl Shadow {
         self.processors.get(processor)?.root.and_then(|id| self.root(id))
     }
 
+    fn last_use(&mut self, id: RootId, processor: usize) -> Option<&mut u64> {
+        let at = (id.0 as usize).checked_mul(self.processors.len())?.checked_add(processor)?;
+        self.last_use.get_mut(at)
+    }
+
     /// The one place where a processor comes to run on another root: L1's VM entry and L2's VMFUNC
     /// both end here (S1). Finds the root of this EPTP value or begins one; discards none (S2).
     /// Returns the EPTP for the processor.
@@ -157,21 +188,35 @@ impl Shadow {
         processor: usize,
         eptp: Eptp,
     ) -> HostResult<Eptp> {
-        self.clock += 1;
         let id = match self.find_root(eptp) {
             Some(id) => id,
             None => self.build_root(host, processor, eptp)?,
         };
+        self.clock += 1;
         let clock = self.clock;
+        let state = self.processors.get_mut(processor).ok_or(HostError::WrongState)?;
+        let (before, invalidated) = (state.root, state.invalidated);
+        state.root = Some(id);
         let root = self
             .roots
             .get_mut(id.0 as usize)
             .and_then(Option::as_mut)
             .ok_or(HostError::WrongState)?;
         root.used = clock;
-        let eptp02 = root.eptp02;
-        self.processors.get_mut(processor).ok_or(HostError::WrongState)?.root = Some(id);
-        Ok(eptp02)
+        let root = *root;
+        if before != Some(id) {
+            if let Some(before) = before
+                && let Some(last_use) = self.last_use(before, processor)
+            {
+                *last_use = clock;
+            }
+            let last_use = *self.last_use(id, processor).ok_or(HostError::WrongState)?;
+            let since = if last_use <= invalidated { NEVER } else { last_use };
+            if self.last_change > since {
+                self.renew(host, root.table, since);
+            }
+        }
+        Ok(root.eptp02)
     }
 
     #[cold]
@@ -208,6 +253,14 @@ impl Shadow {
             _ => 0,
         };
         self.root_index.insert_unique(mix(eptp.into_bits()), id, rehash);
+        // An empty root has nothing stale.
+        self.clock += 1;
+        let clock = self.clock;
+        for processor in 0..self.processors.len() {
+            if let Some(last_use) = self.last_use(RootId(id), processor) {
+                *last_use = clock;
+            }
+        }
         self.counters.roots_built += 1;
         Ok(RootId(id))
     }
@@ -232,8 +285,13 @@ impl Shadow {
     /// The processor runs L2 no longer: its root may be reclaimed.
     #[inline]
     pub fn leave(&mut self, processor: usize) {
-        if let Some(state) = self.processors.get_mut(processor) {
-            state.root = None;
+        let Some(state) = self.processors.get_mut(processor) else { return };
+        if let Some(id) = state.root.take() {
+            self.clock += 1;
+            let clock = self.clock;
+            if let Some(last_use) = self.last_use(id, processor) {
+                *last_use = clock;
+            }
         }
     }
 
@@ -380,6 +438,7 @@ impl Shadow {
         if let Some(table) = self.pool.get_mut(table) {
             table.live = live;
         }
+        self.note_change(table);
     }
 
     /// Composes all entries of a split page's lowest table.
@@ -413,8 +472,12 @@ impl Shadow {
             }
         };
         let value = pointer(self.pool.hpa(child), rights);
-        if host.load(self.pool.hpa(table), at) != value {
+        let old = host.load(self.pool.hpa(table), at);
+        if old != value {
             self.set(host, table, at, level, value);
+            if !fresh && self.child(level, old) != Some(child) {
+                self.renew(host, child, NEVER);
+            }
         }
         Ok((child, fresh))
     }
@@ -428,7 +491,10 @@ impl Shadow {
             return;
         }
         host.store(hpa, at, value);
-        self.counters.entries += u64::from(value != EMPTY);
+        if value != EMPTY {
+            self.counters.entries += 1;
+            self.note_change(table);
+        }
         if let Some(word) = self.pool.get_mut(table).and_then(|table| table.live.get_mut(at / 64)) {
             let bit = 1 << (at % 64);
             if value == EMPTY { *word &= !bit } else { *word |= bit }
@@ -439,6 +505,15 @@ impl Shadow {
         }
         if let Some(child) = self.child(level, old) {
             self.release(host, child);
+        }
+    }
+
+    /// A table got an entry that roots not in use now can't have cached.
+    fn note_change(&mut self, table: TableId) {
+        self.clock += 1;
+        self.last_change = self.clock;
+        if let Some(table) = self.pool.get_mut(table) {
+            table.changed = self.clock;
         }
     }
 
@@ -503,13 +578,20 @@ impl Shadow {
             let mut table = root.table;
             for level in (1..=4).rev() {
                 let at = index(gpa, level);
-                let value = host.load(self.pool.hpa(table), at);
-                if let Some(child) = self.child(level, value) {
-                    table = child;
-                    continue;
+                let old = host.load(self.pool.hpa(table), at);
+                let Some(key) = self.pool.get(table).map(|table| table.key) else { break };
+                // A table that L1's entry no longer names must go now: another root that shares it
+                // might fill the entry below.
+                let way = match self.child(level, old) {
+                    Some(_) => self.compose_entry(host, key, at, old),
+                    None => EMPTY,
+                };
+                let next = self.child(level, way);
+                self.set(host, table, at, level, if next.is_some() { way } else { EMPTY });
+                match next {
+                    Some(child) => table = child,
+                    None => break,
                 }
-                self.set(host, table, at, level, EMPTY);
-                break;
             }
             if eptp != current {
                 self.counters.invepts += 1;
@@ -519,30 +601,33 @@ impl Shadow {
         Ok(())
     }
 
-    /// L1 executed INVEPT: for one EP4TA (any EPTP that has it), or for all. What L1's tables no
-    /// longer say goes; what they still say stays.
+    /// L1 executed INVEPT on a processor: for one EP4TA (any EPTP that has it), or for all. The
+    /// roots concerned are composed anew when they next come into use there.
     ///
     /// # Errors
     /// [`HostError::InvEpt`].
-    pub fn invalidate(&mut self, host: &mut impl Host, scope: Option<Eptp>) -> HostResult {
-        self.clock += 1;
+    pub fn invalidate(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        scope: Option<Eptp>,
+    ) -> HostResult {
         match scope {
             Some(eptp) => {
                 for eptp in Self::siblings(eptp) {
-                    let root = self.find_root(eptp).and_then(|id| self.root(id));
-                    if let Some(root) = root {
-                        self.compose_again(host, root.table);
-                        self.counters.invepts += 1;
-                        host.invept(InvEpt::Single(root.eptp02))?;
+                    let Some(id) = self.find_root(eptp) else { continue };
+                    let Some(root) = self.root(id) else { continue };
+                    if let Some(last_use) = self.last_use(id, processor) {
+                        *last_use = NEVER;
                     }
+                    self.counters.invepts += 1;
+                    host.invept(InvEpt::Single(root.eptp02))?;
                 }
             }
             None => {
-                for number in 0..self.roots.len() {
-                    if let Some(root) = self.root(RootId(number as u32)) {
-                        self.compose_again(host, root.table);
-                    }
-                }
+                self.clock += 1;
+                let state = self.processors.get_mut(processor).ok_or(HostError::WrongState)?;
+                state.invalidated = self.clock;
                 self.counters.invepts += 1;
                 host.invept(InvEpt::All)?;
             }
@@ -550,39 +635,54 @@ impl Shadow {
         Ok(())
     }
 
-    /// Composes each live entry of a table and of those below it anew, and stores what differs. A
-    /// table that several parents share is visited once.
-    fn compose_again(&mut self, host: &mut impl Host, id: TableId) {
-        let stamp = self.clock;
+    /// Composes anew what is reachable from `table` in tables that changed after `since`.
+    #[cold]
+    fn renew(&mut self, host: &mut impl Host, table: TableId, since: u64) {
+        self.clock += 1;
+        self.renew_below(host, table, since, self.clock);
+    }
+
+    /// A table that several parents share is visited once in a pass.
+    fn renew_below(&mut self, host: &mut impl Host, id: TableId, since: u64, pass: u64) {
         let Some(table) = self.pool.get_mut(id) else { return };
-        if table.visited == stamp {
+        if table.visited == pass {
             return;
         }
-        table.visited = stamp;
-        let Table { key, live, .. } = *table;
-        if key.role.split_attributes().is_some() {
-            // Composed from EPT01 and its own role alone.
+        table.visited = pass;
+        let Table { key, live, changed, .. } = *table;
+        let stale = changed > since;
+        if !stale && key.level == 1 {
             return;
         }
         let hpa = self.pool.hpa(id);
         for at in bits(live) {
-            let Some(gpa) = key.l1.checked_add(8 * at as u64) else { continue };
-            let entry = EptEntry::from(host.read_u64(gpa));
-            let old = host.load(hpa, at);
-            let class = entry.classify(key.level, self.rules.caps, self.rules.physical_width);
-            let new = match class {
-                EptEntryClass::NotPresent | EptEntryClass::Misconfigured => EMPTY,
-                EptEntryClass::Table => self.compose_pointer(key, old, entry),
-                EptEntryClass::Page => self.compose_page(host, key, old, entry),
-            };
-            if new != old {
-                self.set(host, id, at, key.level, new);
+            let mut value = host.load(hpa, at);
+            if stale {
+                let new = self.compose_entry(host, key, at, value);
+                if new != value {
+                    self.set(host, id, at, key.level, new);
+                    value = new;
+                }
             }
-            if class == EptEntryClass::Table
-                && let Some(child) = self.child(key.level, new)
-            {
-                self.compose_again(host, child);
+            if let Some(child) = self.child(key.level, value) {
+                self.renew_below(host, child, since, pass);
             }
+        }
+    }
+
+    /// The fresh value of entry `at`, now `old`, of the table of `key`: as L1's entry is now, but
+    /// pointing only to the table that it points to already.
+    fn compose_entry(&self, host: &mut impl Host, key: TableKey, at: usize, old: u64) -> u64 {
+        if key.role.split_attributes().is_some() {
+            // Composed from EPT01 and its own role alone.
+            return old;
+        }
+        let Some(gpa) = key.l1.checked_add(8 * at as u64) else { return EMPTY };
+        let entry = EptEntry::from(host.read_u64(gpa));
+        match entry.classify(key.level, self.rules.caps, self.rules.physical_width) {
+            EptEntryClass::NotPresent | EptEntryClass::Misconfigured => EMPTY,
+            EptEntryClass::Table => self.compose_pointer(key, old, entry),
+            EptEntryClass::Page => self.compose_page(host, key, old, entry),
         }
     }
 
