@@ -3,7 +3,7 @@
 //! The loader (GRUB's `multiboot`, or an L0 that follows the Multiboot specification, version 1)
 //! enters `_start` in 32-bit protected mode without paging. The entry keeps the two registers of
 //! the specification, enables SSE (the prebuilt `core` uses it), maps the low 4 GiB one to one
-//! with 2-MiB pages, enters 64-bit mode and calls [`guest_entry`].
+//! with 2-MiB pages, enters 64-bit mode and calls `guest_entry`.
 
 use core::arch::global_asm;
 

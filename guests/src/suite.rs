@@ -1,6 +1,6 @@
 //! Answers: what is a case, and how are cases run and reported?
 //!
-//! Each case runs inside [`catch`](crate::traps::catch) with pages of its own, and starts and ends
+//! Each case runs inside [`catch`] with pages of its own, and starts and ends
 //! outside VMX operation, so that one that goes wrong fails alone.
 
 use core::fmt;
@@ -120,8 +120,6 @@ pub struct Case {
 pub struct Ctx<'a> {
     /// Free pages; those a case takes are given back after it.
     pub arena: &'a mut Arena,
-    /// Tells apart the case's pages and values from those of other cases.
-    pub number: u64,
 }
 
 /// How many cases ended how.
@@ -152,9 +150,9 @@ pub fn run(info: &multiboot::Info, files: &[&[Case]]) -> bool {
     let wanted =
         |name: &str| only.is_empty() || only.split(',').any(|start| name.starts_with(start));
     let cases = files.iter().flat_map(|file| file.iter()).filter(|case| wanted(case.name));
-    for (number, case) in cases.enumerate() {
+    for case in cases {
         let mark = arena.mark();
-        let verdict = run_one(case, &mut Ctx { arena: &mut arena, number: number as u64 });
+        let verdict = run_one(case, &mut Ctx { arena: &mut arena });
         arena.reset(mark);
         let name = case.name;
         let deviates = known.split(',').any(|listed| listed == name);
@@ -200,7 +198,7 @@ pub fn run_program(
     run: fn(&mut Ctx<'_>) -> Verdict,
 ) -> bool {
     let mut arena = Arena::new(info);
-    match run_one(&Case { name, run }, &mut Ctx { arena: &mut arena, number: 0 }) {
+    match run_one(&Case { name, run }, &mut Ctx { arena: &mut arena }) {
         Ok(()) => crate::println!("{name}: done"),
         Err(Stop::Failed(reason) | Stop::Skipped(reason)) => {
             crate::println!("{name}: failed: {reason}");

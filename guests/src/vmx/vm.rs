@@ -6,7 +6,7 @@ use vmx_defs::{
     EntryCtls, ExitCtls, ExitReason, Field, L2Gpa, PinCtls, ProcCtls, ProcCtls2, VmFuncCtls, msr,
 };
 use vmx_hw::VmFail;
-use x86_64::registers::control::{Cr0, Cr3, Cr4, Cr4Flags};
+use x86_64::registers::control::{Cr0, Cr3, Cr4};
 
 use super::{
     Ept, Exit, Mode, Op, Outcome, Paging, Vmx, enter, rdmsr, vmclear,
@@ -356,9 +356,4 @@ pub fn instructions() -> u64 {
         asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
     }
     u64::from(high) << 32 | u64::from(low)
-}
-
-/// Whether CR4 has VMXE, which VMX operation fixes.
-pub fn vmxe() -> bool {
-    Cr4::read().contains(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS)
 }
