@@ -9,6 +9,7 @@ use crate::host::{
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
+use core::ops::Range;
 use vmx_defs::ept::memory_type;
 use vmx_defs::field::SLOTS;
 use vmx_defs::{EptPermissions, Field, Gva, Hpa, L1Gpa};
@@ -21,12 +22,31 @@ pub struct Ram {
     /// Stored, in order, at the first compare-exchanges to come, just before each: another
     /// processor of L1 that interferes.
     pub interference: Vec<(L1Gpa, u64)>,
+    /// What L0 hides: reads as ones, swallows writes, and EPT01 has the page of ones there.
+    pub hidden: Vec<Range<u64>>,
+    /// Log2 of the size of EPT01's largest leaf: 12, 21 or 30. Blocks that overlap what is hidden
+    /// have smaller ones.
+    pub leaf_shift: u8,
+    /// Where 8-byte reads went, in order.
+    pub reads: Vec<L1Gpa>,
 }
 
 impl Ram {
     /// `size` bytes of zeros.
     pub fn new(size: usize) -> Self {
-        Self { bytes: alloc::vec![0; size], interference: Vec::new() }
+        Self {
+            bytes: alloc::vec![0; size],
+            interference: Vec::new(),
+            hidden: Vec::new(),
+            leaf_shift: 12,
+            reads: Vec::new(),
+        }
+    }
+
+    fn hides(&self, address: u64, size: u64) -> bool {
+        self.hidden
+            .iter()
+            .any(|range| address < range.end && range.start < address.saturating_add(size))
     }
 
     fn interfere(&mut self) {
@@ -40,12 +60,16 @@ impl Ram {
 impl L1Memory for Ram {
     fn read(&mut self, gpa: L1Gpa, buffer: &mut [u8]) {
         for (at, byte) in (gpa.as_u64()..).zip(buffer) {
-            *byte = self.bytes.get(at as usize).copied().unwrap_or(0xff);
+            let byte_there = self.bytes.get(at as usize).copied();
+            *byte = byte_there.filter(|_| !self.hides(at, 1)).unwrap_or(0xff);
         }
     }
 
     fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
         for (at, byte) in (gpa.as_u64()..).zip(bytes) {
+            if self.hides(at, 1) {
+                continue;
+            }
             if let Some(slot) = self.bytes.get_mut(at as usize) {
                 *slot = *byte;
             }
@@ -54,6 +78,7 @@ impl L1Memory for Ram {
 
     fn read_u64(&mut self, gpa: L1Gpa) -> u64 {
         assert!(gpa.is_aligned(8));
+        self.reads.push(gpa);
         let mut bytes = [0; 8];
         self.read(gpa, &mut bytes);
         u64::from_le_bytes(bytes)
@@ -93,15 +118,37 @@ impl L1Memory for Ram {
     }
 
     fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {
+        if self.hides(gpa.page().as_u64(), 4096) {
+            return L1Mapping {
+                hpa: Hpa::new(TestHost::ONES),
+                permissions: EptPermissions::READ,
+                memory_type: memory_type::WB,
+                size_shift: 12,
+            };
+        }
         let rights = EptPermissions::READ | EptPermissions::WRITE | EptPermissions::EXECUTE;
+        let fits = |shift: &u8| {
+            let size = 1 << shift;
+            *shift == 12
+                || *shift <= self.leaf_shift && !self.hides(gpa.as_u64() & !(size - 1), size)
+        };
         L1Mapping {
             // Another number than the guest's, so that no test passes by mixing the spaces up.
             hpa: Hpa::new(TestHost::HPA_OF_L1.wrapping_add(gpa.as_u64())),
             permissions: rights,
             memory_type: memory_type::WB,
-            size_shift: 12,
+            size_shift: [30, 21, 12].into_iter().find(fits).unwrap_or(12),
         }
     }
+}
+
+/// Something that matters in its order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// All entries of a frame were set: it begins a new life.
+    Fill(Hpa),
+    /// An INVEPT was executed.
+    InvEpt(InvEpt),
 }
 
 /// A host for tests.
@@ -123,11 +170,21 @@ pub struct TestHost {
     pub frames: BTreeMap<Hpa, Box<[u64; ENTRIES]>>,
     /// MSRs; those not here fault.
     pub msrs: BTreeMap<u32, u64>,
+    /// What happened, in order.
+    pub events: Vec<Event>,
+    /// VMREADs done.
+    pub vmreads: usize,
+    /// VMWRITEs done.
+    pub vmwrites: usize,
 }
 
 impl TestHost {
     /// Host-physical address of L1's address 0.
     pub const HPA_OF_L1: u64 = 1 << 36;
+    /// The page of ones that EPT01 has for what L0 hides.
+    pub const ONES: u64 = 0x5a_0000_0000;
+    /// What a field of a region holds that [`Self::poison`] made and nobody wrote.
+    pub const POISON: u64 = 0xbad0_bad0_bad0_bad0;
 
     /// A host with `ram` bytes of L1 memory, and zeros in every field.
     pub fn new(ram: usize) -> Self {
@@ -140,12 +197,26 @@ impl TestHost {
             invvpids: Vec::new(),
             frames: BTreeMap::new(),
             msrs: BTreeMap::new(),
+            events: Vec::new(),
+            vmreads: 0,
+            vmwrites: 0,
         }
+    }
+
+    /// Begins a region as VMCLEAR of fresh memory leaves it: no field has a known value.
+    pub fn poison(&mut self, region: Hpa) {
+        self.regions.insert(region, Box::new([Self::POISON; SLOTS]));
+    }
+
+    /// Value of a field of `region`, as wide as the field.
+    pub fn field_of(&self, region: Hpa, field: Field) -> u64 {
+        let value = self.regions.get(&region).map_or(0, |fields| fields[field.slot()]);
+        value & field.width().mask()
     }
 
     /// Value of a field of the current region.
     pub fn field(&self, field: Field) -> u64 {
-        self.regions.get(&self.current).map_or(0, |region| region[field.slot()])
+        self.field_of(self.current, field)
     }
 
     /// Sets a field of the current region.
@@ -157,10 +228,12 @@ impl TestHost {
 
 impl Vmx for TestHost {
     fn vmread(&mut self, field: Field) -> HostResult<u64> {
+        self.vmreads += 1;
         Ok(self.field(field))
     }
 
     fn vmwrite(&mut self, field: Field, value: u64) -> HostResult {
+        self.vmwrites += 1;
         self.set(field, value);
         Ok(())
     }
@@ -172,6 +245,7 @@ impl Vmx for TestHost {
 
     fn invept(&mut self, scope: InvEpt) -> HostResult {
         self.invepts.push(scope);
+        self.events.push(Event::InvEpt(scope));
         Ok(())
     }
 
@@ -221,14 +295,15 @@ impl L1Memory for TestHost {
 
 impl Frames for TestHost {
     fn load(&self, frame: Hpa, index: usize) -> u64 {
-        self.frames.get(&frame).map_or(0, |entries| entries[index])
+        self.frames.get(&frame).expect("a frame is filled before it is read")[index]
     }
 
     fn store(&mut self, frame: Hpa, index: usize, value: u64) {
-        self.frames.entry(frame).or_insert_with(|| Box::new([0; ENTRIES]))[index] = value;
+        self.frames.get_mut(&frame).expect("a frame is filled before it is written")[index] = value;
     }
 
     fn fill(&mut self, frame: Hpa, value: u64) {
+        self.events.push(Event::Fill(frame));
         self.frames.insert(frame, Box::new([value; ENTRIES]));
     }
 }
