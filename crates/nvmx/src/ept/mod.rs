@@ -3,6 +3,7 @@
 //! [`walk`](walk()) reads L1's EPT (EPT12); [`Shadow`] composes it with EPT01 into the shadow EPT
 //! (EPT02) that the processor runs L2 on, one root for each EPTP value.
 
+mod compose;
 mod pool;
 mod role;
 mod shadow;

@@ -183,6 +183,17 @@ impl Pool {
     }
 }
 
+/// The numbers of the bits that are set, from 0 to 511.
+pub(super) fn bits(words: [u64; 8]) -> impl Iterator<Item = usize> {
+    words.into_iter().enumerate().flat_map(|(number, mut word)| {
+        core::iter::from_fn(move || {
+            let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
+            word &= word - 1;
+            Some(number * 64 + bit)
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

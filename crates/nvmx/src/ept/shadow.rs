@@ -20,18 +20,15 @@
 //! Where nothing was composed since, which is the rule when L2 switches among warm roots, this is
 //! one comparison.
 
-use super::pool::{Epoch, Pool, Table, TableId, TableKey, mix};
+use super::compose::{Composed, EMPTY, compose, pointer, set_flags};
+use super::pool::{Epoch, Pool, Table, TableId, TableKey, bits, mix};
 use super::role::Role;
 use super::walk::{Path, Step, Walk, WalkRules, index, qualification, shift, walk, wanted};
-use crate::host::{ENTRIES, Host, HostError, HostResult, InvEpt, L1Memory};
+use crate::host::{ENTRIES, Host, HostError, HostResult, InvEpt};
 use alloc::vec::Vec;
 use hashbrown::HashTable;
 use vmx_defs::ept::{EptEntry, EptEntryClass, EptPermissions, EptViolation, Eptp, memory_type};
 use vmx_defs::{Hpa, L1Gpa, L2Gpa};
-
-/// An empty shadow entry: nothing is mapped, and #VE is suppressed, since L1 has not said that it
-/// wants one (SDM Vol. 3C, "Convertible EPT Violations").
-const EMPTY: u64 = 1 << 63;
 
 /// Entries composed around a faulting one in a table that was there already. A fresh table is
 /// composed whole.
@@ -113,13 +110,6 @@ pub struct Shadow {
     /// When an entry was last composed.
     last_change: u64,
     counters: ShadowCounters,
-}
-
-enum Composed {
-    /// The value for this level.
-    Entry(u64),
-    /// EPT01 does not map the whole page alike: this entry, at a smaller size.
-    Split(EptEntry),
 }
 
 impl Shadow {
@@ -821,80 +811,5 @@ impl Shadow {
     }
 }
 
-/// Sets the accessed flags along a path and the dirty flag of its leaf in L1's memory, each in one
-/// locked access (SDM Vol. 3C, "Accessed and Dirty Flags for EPT"). Returns the path as it now
-/// stands, or `None` where L1 changed an entry meanwhile.
-fn set_flags(memory: &mut impl L1Memory, path: &Path, write: bool) -> Option<Path> {
-    let mut set = *path;
-    let count = path.steps().len();
-    for (number, step) in set.steps_mut().iter_mut().enumerate() {
-        let leaf = number + 1 == count;
-        let mut entry = step.entry.with_accessed(true);
-        if leaf && write {
-            entry.set_dirty(true);
-        }
-        if entry == step.entry {
-            continue;
-        }
-        let old = step.entry.into_bits();
-        if memory.compare_exchange_u64(step.at, old, entry.into_bits()) != old {
-            return None;
-        }
-        step.entry = entry;
-    }
-    Some(set)
-}
-
-/// A shadow entry that points to a table.
-#[inline]
-fn pointer(table: Hpa, rights: EptPermissions) -> u64 {
-    EMPTY | table.as_u64() | u64::from(rights.bits())
-}
-
-/// The shadow of an L1 entry that maps a page of `level`, at L1 address `page`: rights of both
-/// EPTs, memory type and ignore-PAT of EPT12. With accessed and dirty flags, an entry whose
-/// accessed flag is clear maps nothing yet, and one whose dirty flag is clear is not writable yet.
-#[inline]
-fn compose(
-    memory: &mut impl L1Memory,
-    entry: EptEntry,
-    page: L1Gpa,
-    level: u8,
-    flags: bool,
-) -> Composed {
-    if flags && !entry.accessed() {
-        return Composed::Entry(EMPTY);
-    }
-    let mut rights = entry.permissions();
-    if flags && !entry.dirty() {
-        rights -= EptPermissions::WRITE;
-    }
-    let mapping = memory.translate(page);
-    // Bits 6:3: memory type and ignore-PAT.
-    let kind = entry.into_bits() & 0x78;
-    if u32::from(mapping.size_shift) < shift(level) {
-        return Composed::Split(EptEntry::from(kind | u64::from(rights.bits())));
-    }
-    rights &= mapping.permissions;
-    if rights.is_empty() {
-        return Composed::Entry(EMPTY);
-    }
-    // The processor would set A and D in the shadow where bit 6 of the EPTP is set; they mean
-    // nothing there, so they are set from the start.
-    let large = u64::from(level > 1) << 7;
-    let own_flags = 0x300;
-    Composed::Entry(
-        EMPTY | mapping.hpa.as_u64() | own_flags | large | kind | u64::from(rights.bits()),
-    )
-}
-
-/// The numbers of the bits that are set, from 0 to 511.
-fn bits(words: [u64; 8]) -> impl Iterator<Item = usize> {
-    words.into_iter().enumerate().flat_map(|(number, mut word)| {
-        core::iter::from_fn(move || {
-            let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
-            word &= word - 1;
-            Some(number * 64 + bit)
-        })
-    })
-}
+#[cfg(test)]
+mod tests;
