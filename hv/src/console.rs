@@ -64,7 +64,7 @@ pub(crate) fn set_enabled(enabled: bool) {
     ENABLED.store(enabled, Ordering::Relaxed);
 }
 
-/// Writes one line, `nvmx: ` before it. Use [`say!`].
+/// Writes one line, `nvmx: ` before it. Use `say!`.
 pub(crate) fn say(text: fmt::Arguments<'_>) {
     if ENABLED.load(Ordering::Relaxed) {
         let _line = LINE.lock();
