@@ -2,6 +2,7 @@
 
 use crate::suite::Case;
 
+pub mod behaviour;
 pub mod ept;
 pub mod fields;
 pub mod harness;
@@ -32,4 +33,9 @@ pub const ALL: &[&[Case]] = &[
     seed::S8,
     seed::S9,
     seed::SINGLE,
+    behaviour::instructions::CASES,
+    behaviour::control_registers::CASES,
+    behaviour::state::CASES,
+    behaviour::bitmaps::CASES,
+    behaviour::events::CASES,
 ];

@@ -9,6 +9,7 @@ pub mod exit;
 pub mod paging;
 pub mod program;
 pub mod raw;
+pub mod snippet;
 pub mod views;
 pub mod vm;
 pub mod vmcs;
