@@ -813,3 +813,6 @@ impl Shadow {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod random;
