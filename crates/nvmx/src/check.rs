@@ -20,8 +20,8 @@ mod tests;
 
 pub use controls::{ControlFailure, MsrArea, controls, vtpr_to_read};
 pub use guest::{
-    GuestFailure, GuestInputs, guest_state, link_to_read, pae_paging, pdpte_is_valid,
-    pdptes_to_read,
+    GuestFailure, GuestInputs, guest_state, instruction_pointer, link_to_read, pae_paging,
+    pdpte_is_valid, pdptes_to_read,
 };
 pub use host::{HostFailure, host_state};
 pub use segments::Segment;

@@ -12,11 +12,11 @@ use crate::host::{Host, HostResult};
 use crate::msr_bitmap::MsrBitmap;
 use crate::paging::AddressSizes;
 use crate::tlb::Vpids;
-use crate::vmcs12::Vmcs12;
+use crate::vmcs12::{FieldSet, Vmcs12};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use vmx_defs::ept::Eptp;
-use vmx_defs::field::{FIELDS, Kind};
+use vmx_defs::field::Kind;
 use vmx_defs::{Field, Hpa, L1Gpa};
 
 /// What VMFUNC leaf 0 of L2 does.
@@ -62,7 +62,11 @@ pub struct Nested {
     /// Guest-state fields that are copied between vmcs12 and vmcs02 as they are.
     pub(crate) plain_guest: Vec<Field>,
     /// Control fields that are copied from vmcs12 to vmcs02 as they are.
-    pub(crate) plain_controls: Vec<Field>,
+    pub(crate) plain_controls: FieldSet,
+    /// The same as `plain_guest`, as a set.
+    pub(crate) plain_set: FieldSet,
+    /// The last name given to a vmcs02 ([`Processor::merged`]).
+    pub(crate) last_merged: u64,
 }
 
 /// The current VMCS of an L1 processor.
@@ -96,7 +100,13 @@ pub struct Processor {
     pub(crate) launched: bool,
     /// Whether `values` holds what vmcs02 does.
     pub(crate) known: bool,
-    /// The values last written to or read from vmcs02, so that only what differs is written.
+    /// Names what vmcs02 was last made of, and what was checked then: [`Vmcs12::merged`] of the
+    /// VMCS that it still is.
+    pub(crate) merged: u64,
+    /// IA32_EFER.LMA of L1 at the last check of a host-state area.
+    pub(crate) checked_lma: bool,
+    /// The values last written to vmcs02's controls and switched state, so that only what differs is
+    /// written.
     pub(crate) values: Box<Vmcs12>,
     pub(crate) bitmap: MsrBitmap,
     /// A frame that stands for a page which L0 hides, where the processor may write to it.
@@ -150,12 +160,12 @@ impl Nested {
             WalkRules { caps: config.caps.ept_vpid, physical_width: config.caps.physical_width };
         let shadow =
             Shadow::new(rules, config.frames, config.frame_count, config.roots, config.processors);
-        let offered = |field: &Field| config.caps.supports(*field);
-        let fields = || FIELDS.iter().map(|(field, _)| *field).filter(offered);
-        let plain_guest = fields().filter(|field| is_plain_guest(*field)).collect();
-        let plain_controls = fields().filter(|field| is_plain_control(*field)).collect();
+        let offered = |field| config.caps.supports(field);
+        let plain_set = FieldSet::of(|field| offered(field) && is_plain_guest(field));
+        let plain_guest = plain_set.iter().collect();
+        let plain_controls = FieldSet::of(|field| offered(field) && is_plain_control(field));
         let vmcss = VmcsCache::new(config.vmcs_cache);
-        Self { config, vmcss, shadow, plain_guest, plain_controls }
+        Self { config, vmcss, shadow, plain_guest, plain_set, plain_controls, last_merged: 0 }
     }
 
     /// A processor of the machine, with its number below [`Config::processors`]. `vmcs01` is
@@ -203,6 +213,8 @@ impl Nested {
             running: false,
             launched: false,
             known: false,
+            merged: 0,
+            checked_lma: false,
             values: Box::default(),
             bitmap,
             scratch,

@@ -11,8 +11,9 @@ use crate::exit::ExitInfo;
 use crate::host::{Host, HostError, HostResult, Vmx};
 use crate::msr_area;
 use crate::paging::{CR0_PG, EFER_LMA};
-use crate::vmcs12::{LaunchState, Vmcs12};
+use crate::vmcs12::{FieldSet, LaunchState, Vmcs12};
 use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls, ProcCtls2};
+use vmx_defs::field::Kind;
 use vmx_defs::{EptPermissions, ExitReason, Field, Hpa, L1Gpa, VmInstructionError};
 
 /// IA32_EFER.LME.
@@ -73,33 +74,57 @@ impl Nested {
             dr7: host.vmread(Field::GUEST_DR7)?,
             debugctl: host.vmread(Field::GUEST_DEBUGCTL)?,
         };
-        let mut vtpr = [0];
-        if let Some(at) = check::vtpr_to_read(vmcs, caps) {
-            host.read(at, &mut vtpr);
+        // Where vmcs02 is still what the last entry with this VMCS made of it, only what L1 wrote
+        // since is checked and taken: the rest passed then, or was saved by the processor.
+        let same = vmcs.merged != 0 && vmcs.merged == processor.merged;
+        let written = if same { vmcs.written() } else { FieldSet::ALL };
+
+        let vtpr = check::vtpr_to_read(vmcs, caps);
+        if written.any(Kind::Control) || vtpr.is_some() {
+            let mut byte = [0];
+            if let Some(at) = vtpr {
+                host.read(at, &mut byte);
+            }
+            let [vtpr] = byte;
+            if check::controls(vmcs, caps, vtpr).is_err() {
+                return Ok(Entry::Fail(VmInstructionError::EntryControls));
+            }
         }
-        let [vtpr] = vtpr;
-        if check::controls(vmcs, caps, vtpr).is_err() {
-            return Ok(Entry::Fail(VmInstructionError::EntryControls));
-        }
-        if check::host_state(vmcs, caps, l1.efer & EFER_LMA != 0).is_err() {
+        let lma = l1.efer & EFER_LMA != 0;
+        if (written.any(Kind::Control) || written.any(Kind::Host) || lma != processor.checked_lma)
+            && check::host_state(vmcs, caps, lma).is_err()
+        {
             return Ok(Entry::Fail(VmInstructionError::EntryHostState));
         }
 
         let mut inputs =
             check::GuestInputs { current_vmcs: region, link_revision: 0, pdptes: [0; 4] };
-        if let Some(at) = check::link_to_read(vmcs, caps) {
+        let link = check::link_to_read(vmcs, caps);
+        if let Some(at) = link {
             let mut revision = [0; 4];
             host.read(at, &mut revision);
             inputs.link_revision = u32::from_le_bytes(revision);
         }
-        if let Some(at) = check::pdptes_to_read(vmcs) {
+        let pdptes = check::pdptes_to_read(vmcs);
+        if let Some(at) = pdptes {
             inputs.pdptes = read_pdptes(host, at);
         }
-        if let Err(failure) = check::guest_state(vmcs, caps, &inputs) {
+        let beyond_rip = written.without(Field::GUEST_RIP).without(Field::GUEST_RSP);
+        let whole = written.any(Kind::Control)
+            || beyond_rip.any(Kind::Guest)
+            || link.is_some()
+            || pdptes.is_some();
+        let checked = if whole {
+            check::guest_state(vmcs, caps, &inputs)
+        } else {
+            check::instruction_pointer(vmcs, caps)
+        };
+        if let Err(failure) = checked {
             let info =
                 ExitInfo::entry_failure(ExitReason::ENTRY_GUEST_STATE, failure.qualification());
             return self.fail_entry(processor, host, id, info).map(Entry::Done);
         }
+        processor.checked_lma = lma;
 
         host.vmptrld(processor.vmcs02)?;
         let vpid12 = vmcs.has_vpid().then(|| vmcs.get(Field::VPID) as u16);
@@ -117,13 +142,20 @@ impl Nested {
             known: processor.known,
         };
         writer.write(Field::VPID, vpid02.into())?;
-        for field in &self.plain_controls {
-            writer.write(*field, plain_control(vmcs, *field))?;
+        for field in written.both(&self.plain_controls).iter() {
+            writer.write(field, plain_control(vmcs, field))?;
         }
-        for field in &self.plain_guest {
-            writer.write(*field, vmcs.get(*field))?;
+        if written.any(Kind::Control) {
+            // What another control switches off follows that one.
+            writer.write(Field::TSC_OFFSET, plain_control(vmcs, Field::TSC_OFFSET))?;
         }
-        write_controls(&mut writer, vmcs, caps, processor.scratch)?;
+        // TPR shadow: the page that stands for one that L0 hides is made anew.
+        if written.any(Kind::Control) || vmcs.proc().contains(ProcCtls::TPR_SHADOW) {
+            write_controls(&mut writer, vmcs, caps, processor.scratch)?;
+        }
+        for field in written.both(&self.plain_set).iter() {
+            writer.host.vmwrite(field, vmcs.get(field))?;
+        }
         write_switched_state(&mut writer, vmcs, &l1)?;
         let timer = vmcs.pin().contains(PinCtls::PREEMPTION_TIMER);
         if timer {
@@ -134,10 +166,13 @@ impl Nested {
             let pdptes =
                 if vmcs.has_ept() { PDPTES.map(|field| vmcs.get(field)) } else { inputs.pdptes };
             for (field, value) in PDPTES.into_iter().zip(pdptes) {
-                writer.write(field, value)?;
+                // Exits change these fields also where they are not read back.
+                writer.host.vmwrite(field, value)?;
             }
         }
         processor.known = true;
+        self.last_merged += 1;
+        processor.merged = self.last_merged;
 
         // What the processor changes behind the writer's back is written always.
         host.vmwrite(Field::EPT_POINTER, eptp02.into_bits())?;
@@ -165,6 +200,7 @@ impl Nested {
         }
         if let Some(vmcs) = self.vmcss.get_mut(id) {
             vmcs.launch_state = LaunchState::Launched;
+            vmcs.taken(processor.merged);
         }
         processor.running = true;
         processor.counters.entries += 1;

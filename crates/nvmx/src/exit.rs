@@ -238,6 +238,7 @@ impl Nested {
         let info = ExitInfo::entry_failure(reason.basic(), qualification);
         host.vmptrld(processor.vmcs01)?;
         processor.known = false;
+        processor.merged = 0;
         self.stop_l2(processor);
         self.fail_entry(processor, host, id, info)
     }
@@ -285,7 +286,8 @@ impl Nested {
         let vmcs = self.vmcss.get_mut(id).ok_or(HostError::WrongState)?;
 
         for field in EXIT_FIELDS {
-            vmcs.set(field, host.vmread(field)?);
+            let value = host.vmread(field)?;
+            vmcs.keep(field, value);
         }
         if let Some(info) = info {
             debug_assert!(info.from_hardware, "entry failures save no state");
@@ -303,8 +305,7 @@ impl Nested {
 
         for field in &self.plain_guest {
             let value = host.vmread(*field)?;
-            vmcs.set(*field, value);
-            processor.values.set(*field, value);
+            vmcs.keep(*field, value);
         }
         let kept = save_switched_state(vmcs, host, &mut processor.values)?;
 

@@ -7,7 +7,7 @@
 use crate::host::L1Memory;
 use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls, ProcCtls2, VmFuncCtls};
 use vmx_defs::ept::Eptp;
-use vmx_defs::field::{FIELDS, SLOTS};
+use vmx_defs::field::{FIELDS, Kind, SLOTS};
 use vmx_defs::{Field, L1Gpa};
 
 /// Launch state (SDM Vol. 3C, "Overview" of virtual-machine control structures).
@@ -24,13 +24,100 @@ pub enum LaunchState {
 #[derive(Clone, Debug)]
 pub struct Vmcs12 {
     values: [u64; SLOTS],
+    /// What L1 has written since the last VM entry.
+    written: FieldSet,
+    /// Names the processor state that this VMCS was last entered with; 0 is none. While it is the
+    /// same, vmcs02 holds all values but those written since.
+    pub(crate) merged: u64,
     /// Launch state.
     pub launch_state: LaunchState,
 }
 
 impl Default for Vmcs12 {
     fn default() -> Self {
-        Self { values: [0; SLOTS], launch_state: LaunchState::Clear }
+        Self {
+            values: [0; SLOTS],
+            written: FieldSet::NONE,
+            merged: 0,
+            launch_state: LaunchState::Clear,
+        }
+    }
+}
+
+/// A set of fields, one bit for each slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct FieldSet([u64; SLOTS / 64]);
+
+impl FieldSet {
+    /// No field.
+    pub(crate) const NONE: Self = Self([0; SLOTS / 64]);
+
+    /// Every field.
+    pub(crate) const ALL: Self = Self([u64::MAX; SLOTS / 64]);
+
+    /// The fields of the table for which `wanted` holds.
+    pub(crate) fn of(wanted: impl Fn(Field) -> bool) -> Self {
+        let mut set = Self::NONE;
+        for (field, _) in FIELDS {
+            if wanted(*field) {
+                set.insert(*field);
+            }
+        }
+        set
+    }
+
+    /// Adds a field.
+    #[inline]
+    fn insert(&mut self, field: Field) {
+        let slot = field.slot();
+        if let Some(word) = self.0.get_mut(slot / 64) {
+            *word |= 1 << (slot % 64);
+        }
+    }
+
+    /// Whether a field of this kind is in the set. A slot's two highest bits are the kind.
+    #[inline]
+    pub(crate) fn any(&self, kind: Kind) -> bool {
+        let [c0, c1, r0, r1, g0, g1, h0, h1] = self.0;
+        match kind {
+            Kind::Control => c0 | c1 != 0,
+            Kind::ReadOnly => r0 | r1 != 0,
+            Kind::Guest => g0 | g1 != 0,
+            Kind::Host => h0 | h1 != 0,
+        }
+    }
+
+    /// The fields that are in both sets.
+    #[inline]
+    pub(crate) fn both(&self, other: &Self) -> Self {
+        let mut both = *self;
+        for (word, other) in both.0.iter_mut().zip(other.0) {
+            *word &= other;
+        }
+        both
+    }
+
+    /// The set without a field.
+    #[inline]
+    pub(crate) fn without(mut self, field: Field) -> Self {
+        let slot = field.slot();
+        if let Some(word) = self.0.get_mut(slot / 64) {
+            *word &= !(1 << (slot % 64));
+        }
+        self
+    }
+
+    /// The fields in the set, of the table's.
+    #[inline]
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Field> {
+        self.0.into_iter().enumerate().flat_map(|(number, mut word)| {
+            core::iter::from_fn(move || {
+                let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
+                word &= word - 1;
+                Some(number * 64 + bit)
+            })
+            .filter_map(Field::from_slot)
+        })
     }
 }
 
@@ -58,6 +145,35 @@ impl Vmcs12 {
         if let Some(slot) = self.values.get_mut(field.slot() & (SLOTS - 1)) {
             *slot = value & field.width().mask();
         }
+    }
+
+    /// VMWRITE of L1: sets a field, and notes that it was written.
+    #[inline]
+    pub(crate) fn write(&mut self, field: Field, value: u64) {
+        self.set(field, value);
+        self.written.insert(field);
+    }
+
+    /// Keeps what VMREAD of the hardware gave: it is no wider than the field.
+    #[inline]
+    pub(crate) fn keep(&mut self, field: Field, value: u64) {
+        if let Some(slot) = self.values.get_mut(field.slot() & (SLOTS - 1)) {
+            *slot = value;
+        }
+    }
+
+    /// What L1 has written since the last VM entry.
+    #[inline]
+    pub(crate) fn written(&self) -> FieldSet {
+        self.written
+    }
+
+    /// A VM entry has taken all that was written; vmcs02 of the processor state that `merged` names
+    /// now holds it.
+    #[inline]
+    pub(crate) fn taken(&mut self, merged: u64) {
+        self.written = FieldSet::NONE;
+        self.merged = merged;
     }
 
     /// Pin-based VM-execution controls.

@@ -93,6 +93,7 @@ impl Nested {
         };
         host.vmptrld(processor.vmcs01)?;
         processor.known = false;
+        processor.merged = 0;
         processor.running = false;
         self.shadow.leave(processor.number);
         self.conclude(processor, host, Fail(error))
@@ -323,7 +324,7 @@ impl Nested {
             // A full write outside of 64-bit mode has only the low half, and clears the other.
             value
         };
-        vmcs.set(field, value);
+        vmcs.write(field, value);
         Ok(Succeed)
     }
 

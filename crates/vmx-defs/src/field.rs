@@ -108,6 +108,16 @@ impl Field {
         ((self.0 >> 10 & 3) << 7 | (self.0 >> 13 & 3) << 5 | (self.0 >> 1 & 31)) as usize
     }
 
+    /// The field that has this [`Self::slot`], if there is one.
+    #[inline]
+    pub const fn from_slot(slot: usize) -> Option<Self> {
+        if slot >= SLOTS {
+            return None;
+        }
+        let slot = slot as u32;
+        Self::from_encoding((slot >> 7 & 3) << 10 | (slot >> 5 & 3) << 13 | (slot & 31) << 1)
+    }
+
     /// Name of the field, as in the SDM's Appendix B.
     pub fn name(self) -> &'static str {
         FIELDS.iter().find(|(field, _)| *field == self).map_or("unknown field", |(_, name)| name)
@@ -346,8 +356,10 @@ mod tests {
         for (field, _) in FIELDS {
             assert!(field.slot() < SLOTS);
             assert_eq!(Field::from_encoding(field.encoding()), Some(*field));
+            assert_eq!(Field::from_slot(field.slot()), Some(*field));
             assert_eq!(field.encoding() & 1, 0, "full access");
         }
+        assert_eq!((0..SLOTS + 9).filter_map(Field::from_slot).count(), FIELDS.len());
         assert!(FIELDS.windows(2).all(|pair| pair[0].0 < pair[1].0));
     }
 

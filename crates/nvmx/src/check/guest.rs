@@ -304,8 +304,12 @@ fn descriptor_tables(vmcs: &Vmcs12, caps: &Caps) -> Result<(), F> {
     require(vmcs.get(Field::GUEST_IDTR_LIMIT) <= 0xffff, F::IdtrLimit)
 }
 
-/// "Checks on Guest RIP, RFLAGS, and SSP", RIP.
-fn instruction_pointer(vmcs: &Vmcs12, caps: &Caps) -> Result<(), F> {
+/// "Checks on Guest RIP, RFLAGS, and SSP", RIP: all that is to check where the rest of the
+/// guest-state area was checked before, or saved by the processor, and only RIP and RSP are new.
+///
+/// # Errors
+/// The first requirement that is not met.
+pub fn instruction_pointer(vmcs: &Vmcs12, caps: &Caps) -> Result<(), GuestFailure> {
     let rip = vmcs.get(Field::GUEST_RIP);
     if is_ia32e(vmcs) && AccessRights::of(vmcs, Segment::Cs).long() {
         // The width is the processor's, not that of the paging mode.
