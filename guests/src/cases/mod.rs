@@ -3,6 +3,8 @@
 use crate::suite::Case;
 
 pub mod behaviour;
+pub mod controls;
+pub mod entry_checks;
 pub mod ept;
 pub mod fields;
 pub mod harness;
@@ -16,6 +18,16 @@ pub const ALL: &[&[Case]] = &[
     harness::CASES,
     instructions::CASES,
     fields::CASES,
+    controls::CAPABILITIES,
+    controls::CONTROLS,
+    entry_checks::controls::CASES,
+    entry_checks::inject::CASES,
+    entry_checks::host::CASES,
+    entry_checks::guest::CASES,
+    entry_checks::segments::CASES,
+    entry_checks::state::CASES,
+    entry_checks::msr_areas::CASES,
+    entry_checks::failure::CASES,
     l2::CASES,
     intercepts::CASES,
     ept::MATRIX,
