@@ -50,4 +50,7 @@ pub const ALL: &[&[Case]] = &[
     behaviour::state::CASES,
     behaviour::bitmaps::CASES,
     behaviour::events::CASES,
+    behaviour::delivery::CASES,
+    behaviour::apic_access::CASES,
+    behaviour::modes::CASES,
 ];

@@ -3,11 +3,14 @@
 //! For every bit of the pin-based, processor-based, exit and entry controls there is a case that
 //! sees L2 behave otherwise with it than without it. A control that is not offered skips its cases.
 
+pub mod apic_access;
 pub mod bitmaps;
 pub mod control_registers;
+pub mod delivery;
 pub mod events;
 pub mod instructions;
 pub mod local_apic;
+pub mod modes;
 pub mod state;
 
 use vmx_defs::{
