@@ -16,8 +16,8 @@ pub(crate) struct VmcsId(u32);
 #[derive(Clone, Debug)]
 struct Slot {
     region: Option<L1Gpa>,
-    /// Processors whose current VMCS this is.
-    users: u32,
+    /// Whether it is some processor's current VMCS.
+    in_use: bool,
     used: u64,
     vmcs: Vmcs12,
 }
@@ -32,7 +32,7 @@ pub(crate) struct VmcsCache {
 impl VmcsCache {
     /// A cache of `len` VMCSs, which must be more than the number of processors: each holds one.
     pub(crate) fn new(len: usize) -> Self {
-        let empty = Slot { region: None, users: 0, used: 0, vmcs: Vmcs12::default() };
+        let empty = Slot { region: None, in_use: false, used: 0, vmcs: Vmcs12::default() };
         Self { slots: alloc::vec![empty; len], clock: 0 }
     }
 
@@ -40,14 +40,17 @@ impl VmcsCache {
         self.slots.iter().position(|slot| slot.region == Some(region))
     }
 
-    /// VMPTRLD: the VMCS at `region`, for one more processor. `None` only where every slot is some
-    /// processor's current VMCS.
+    /// VMPTRLD: the VMCS at `region`, to be a processor's current one. `None` where it is another
+    /// processor's, which the architecture leaves undefined (SDM Vol. 3C, "Overview" of
+    /// virtual-machine control structures: it may be active on one at a time). Here one of them
+    /// could change, while the other runs L2, what its VM entry has checked.
     pub(crate) fn acquire(&mut self, memory: &mut impl L1Memory, region: L1Gpa) -> Option<VmcsId> {
         self.clock += 1;
         let number = match self.find(region) {
+            Some(number) if self.slots.get(number).is_some_and(|slot| slot.in_use) => return None,
             Some(number) => number,
             None => {
-                let free = self.slots.iter().enumerate().filter(|(_, slot)| slot.users == 0);
+                let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.in_use);
                 let (number, _) = free.min_by_key(|(_, slot)| slot.used)?;
                 let slot = self.slots.get_mut(number)?;
                 if let Some(old) = slot.region {
@@ -59,15 +62,15 @@ impl VmcsCache {
             }
         };
         let slot = self.slots.get_mut(number)?;
-        slot.users += 1;
+        slot.in_use = true;
         slot.used = self.clock;
         Some(VmcsId(number as u32))
     }
 
-    /// The VMCS is no longer current on one processor.
+    /// The VMCS is no longer its processor's current one.
     pub(crate) fn release(&mut self, id: VmcsId) {
         if let Some(slot) = self.slots.get_mut(id.0 as usize) {
-            slot.users = slot.users.saturating_sub(1);
+            slot.in_use = false;
         }
     }
 
@@ -80,7 +83,7 @@ impl VmcsCache {
                 let Some(slot) = self.slots.get_mut(number) else { return };
                 slot.vmcs.launch_state = LaunchState::Clear;
                 slot.vmcs.store(memory, region);
-                if slot.users == 0 {
+                if !slot.in_use {
                     slot.region = None;
                     slot.used = 0;
                 }

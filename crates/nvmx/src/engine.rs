@@ -39,7 +39,7 @@ pub struct Config {
     pub sizes: AddressSizes,
     /// First frame of the pool of shadow tables: host memory that no guest reaches.
     pub frames: Hpa,
-    /// Number of frames in the pool, 16 or more.
+    /// Number of frames in the pool, 16 or more, and more than twice the number of processors.
     pub frame_count: u32,
     /// Greatest number of shadow roots, more than the number of processors.
     pub roots: u32,
@@ -153,6 +153,15 @@ const HOST_FIELDS: [Field; 22] = [
     Field::HOST_RIP,
 ];
 
+/// Fields of vmcs02 that are written only where a control has use for them.
+const WRITTEN_IN_USE: [Field; 5] = [
+    Field::IO_BITMAP_A,
+    Field::IO_BITMAP_B,
+    Field::VIRTUAL_APIC_ADDR,
+    Field::APIC_ACCESS_ADDR,
+    Field::PREEMPTION_TIMER,
+];
+
 impl Nested {
     /// A virtual machine. Allocates all that it will ever need.
     pub fn new(config: Config) -> Self {
@@ -202,6 +211,13 @@ impl Nested {
         if self.config.caps.supports(Field::VM_FUNCTION_CONTROLS) {
             // No function is the processor's to carry out: each exits.
             host.vmwrite(Field::VM_FUNCTION_CONTROLS, 0)?;
+        }
+        // VMCLEAR gives fields no value, and an entry writes these only where they are in use, if
+        // they differ from 0 then.
+        for field in WRITTEN_IN_USE {
+            if self.config.caps.supports(field) {
+                host.vmwrite(field, 0)?;
+            }
         }
         host.vmptrld(vmcs01)?;
         Ok(Processor {

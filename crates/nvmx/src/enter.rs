@@ -131,7 +131,14 @@ impl Nested {
         let vpid02 = processor.vpids.enter(host, vpid12)?;
         processor.bitmap.merge(host, vmcs);
         let eptp02 = if vmcs.has_ept() {
-            self.shadow.switch(host, processor.number, vmcs.eptp())?
+            match self.shadow.switch(host, processor.number, vmcs.eptp())? {
+                Some(eptp02) => eptp02,
+                None => {
+                    // L1 tries its VM entry again, as if it had not come to it yet.
+                    host.vmptrld(processor.vmcs01)?;
+                    return Ok(Entry::Done(Handled::Enter));
+                }
+            }
         } else {
             self.config.ept01
         };
@@ -166,7 +173,8 @@ impl Nested {
             let pdptes =
                 if vmcs.has_ept() { PDPTES.map(|field| vmcs.get(field)) } else { inputs.pdptes };
             for (field, value) in PDPTES.into_iter().zip(pdptes) {
-                // Exits change these fields also where they are not read back.
+                // Exits change these fields also where they are not read back: to undefined values,
+                // if the guest has left PAE paging.
                 writer.host.vmwrite(field, value)?;
             }
         }
@@ -190,6 +198,8 @@ impl Nested {
         let area = L1Gpa::new(vmcs.get(Field::ENTRY_MSR_LOAD_ADDR));
         let count = vmcs.get32(Field::ENTRY_MSR_LOAD_COUNT);
         if let Err(bad) = msr_area::load(host, area, count) {
+            // The entries before may have changed fields of vmcs02.
+            processor.known = false;
             host.vmptrld(processor.vmcs01)?;
             let info = ExitInfo::entry_failure(ExitReason::ENTRY_MSR_LOADING, bad.0);
             return self.fail_entry(processor, host, id, info).map(Entry::Done);

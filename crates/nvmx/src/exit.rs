@@ -90,6 +90,8 @@ impl Nested {
         host: &mut impl Host,
         gprs: &mut Gprs,
     ) -> HostResult<Handled> {
+        // At each exit, so that no processor keeps others waiting for frames while it runs L2.
+        self.shadow.flush_if_asked(host, processor.number)?;
         let reason = ExitReason::from_bits(host.vmread(Field::EXIT_REASON)? as u32);
         if reason == ExitReason::VMFUNC {
             processor.launched = true;
@@ -135,7 +137,6 @@ impl Nested {
                 if !inject::reinject(host)? && hardware.nmi_unblocking() {
                     inject::block_nmi_again(host)?;
                 }
-                self.shadow.flush_if_asked(host, processor.number)?;
                 Ok(Handled::Enter)
             }
             Resolution::Violation(told) => {

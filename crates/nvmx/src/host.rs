@@ -27,8 +27,8 @@ pub enum HostError {
     InvEpt,
     /// INVVPID failed.
     InvVpid,
-    /// The pool of frames is too small for one root and one fill: fewer than eight frames, or all of
-    /// them held by the roots that other processors run on.
+    /// The pool of frames is smaller than [`crate::Config::frame_count`] asks for; or all of it is
+    /// held by the roots that other processors run on, with [`crate::VmfuncMode::Reload`].
     OutOfFrames,
     /// The engine was called in a state that the call does not fit (say, an L2 exit while L1 ran).
     WrongState,

@@ -39,15 +39,21 @@ impl Nested {
             _ => return self.reflect(processor, host, None),
         };
 
-        vmcs.set(Field::EPT_POINTER, eptp.into_bits());
         let has_vpid = vmcs.has_vpid();
         if self.config.vmfunc == VmfuncMode::Reload {
             self.shadow.drop_all(host, processor.number)?;
         }
-        let eptp02 = self.shadow.switch(host, processor.number, eptp)?;
+        let Some(eptp02) = self.shadow.switch(host, processor.number, eptp)? else {
+            if self.config.vmfunc == VmfuncMode::Reload {
+                // The root that L2 ran on is gone.
+                return Err(HostError::OutOfFrames);
+            }
+            // L2 executes its VMFUNC again.
+            return Ok(Handled::Enter);
+        };
+        vmcs.set(Field::EPT_POINTER, eptp.into_bits());
         host.vmwrite(Field::EPT_POINTER, eptp02.into_bits())?;
         processor.vpids.switched(host, has_vpid)?;
-        self.shadow.flush_if_asked(host, processor.number)?;
         inject::advance_rip(host)?;
         processor.counters.switches += 1;
         Ok(Handled::Enter)

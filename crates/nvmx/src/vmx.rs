@@ -273,14 +273,15 @@ impl Nested {
         if processor.current.is_some_and(|current| current.region == region) {
             return Succeed;
         }
-        self.drop_current(processor);
+        // First the new one: where there is none, nothing changes. The cache has more slots than
+        // there are processors, so that one is free.
         match self.vmcss.acquire(host, region) {
             Some(id) => {
+                self.drop_current(processor);
                 processor.current = Some(Current { region, id });
                 Succeed
             }
-            // The cache has more slots than there are processors.
-            None => FailInvalid,
+            None => Fail(VmInstructionError::VmptrldAddress),
         }
     }
 

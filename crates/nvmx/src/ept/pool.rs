@@ -81,7 +81,8 @@ impl Pool {
         Self {
             base,
             tables: alloc::vec![empty; count],
-            index: HashTable::with_capacity(count),
+            // Twice: a table that is never more than half full never grows.
+            index: HashTable::with_capacity(2 * count),
             free,
             pending: Vec::with_capacity(count),
             epoch: Epoch::default(),
@@ -240,6 +241,22 @@ mod tests {
             pool.ask_flush();
             pool.collect(pool.epoch());
             assert_eq!(pool.available(), pool.capacity());
+        }
+    }
+
+    #[test]
+    fn the_index_never_grows_and_so_never_allocates() {
+        let mut pool = Pool::new(Hpa::new(0x10_0000), 97);
+        let room = pool.index.capacity();
+        for round in 0..1000 {
+            let ids: alloc::vec::Vec<_> =
+                (0..97 - round % 3).map(|n| pool.take(key(round * 131 + n)).unwrap()).collect();
+            for id in ids {
+                pool.release(id);
+            }
+            pool.ask_flush();
+            pool.collect(pool.epoch());
+            assert_eq!(pool.index.capacity(), room);
         }
     }
 }

@@ -122,7 +122,8 @@ impl Shadow {
             pool: Pool::new(base, frames),
             roots: alloc::vec![None; count],
             free_roots: (0..roots).rev().collect(),
-            root_index: HashTable::with_capacity(count),
+            // Twice: a table that is never more than half full never grows.
+            root_index: HashTable::with_capacity(2 * count),
             processors: alloc::vec![Processor::default(); processors],
             last_use: alloc::vec![NEVER; count.saturating_mul(processors)],
             clock: NEVER,
@@ -167,7 +168,8 @@ impl Shadow {
 
     /// The one place where a processor comes to run on another root: L1's VM entry and L2's VMFUNC
     /// both end here (S1). Finds the root of this EPTP value or begins one; discards none (S2).
-    /// Returns the EPTP for the processor.
+    /// Returns the EPTP for the processor; `None` where a new root has to wait until other
+    /// processors have let go of frames, so that the guest has to try again.
     ///
     /// # Errors
     /// [`HostError`] of the flush that a reclaim may need.
@@ -177,10 +179,13 @@ impl Shadow {
         host: &mut impl Host,
         processor: usize,
         eptp: Eptp,
-    ) -> HostResult<Eptp> {
+    ) -> HostResult<Option<Eptp>> {
         let id = match self.find_root(eptp) {
             Some(id) => id,
-            None => self.build_root(host, processor, eptp)?,
+            None => match self.build_root(host, processor, eptp)? {
+                Some(id) => id,
+                None => return Ok(None),
+            },
         };
         self.clock += 1;
         let clock = self.clock;
@@ -206,7 +211,7 @@ impl Shadow {
                 self.renew(host, root.table, since);
             }
         }
-        Ok(root.eptp02)
+        Ok(Some(root.eptp02))
     }
 
     #[cold]
@@ -215,12 +220,12 @@ impl Shadow {
         host: &mut impl Host,
         processor: usize,
         eptp: Eptp,
-    ) -> HostResult<RootId> {
+    ) -> HostResult<Option<RootId>> {
         if self.free_roots.is_empty() {
             self.drop_oldest(host);
         }
         if !self.reserve(host, processor, 1)? {
-            return Err(HostError::OutOfFrames);
+            return Ok(None);
         }
         let key = TableKey { l1: L1Gpa::new(eptp.table()), level: 4, role: Role::root(eptp) };
         let table = self.pool.take(key).ok_or(HostError::OutOfFrames)?;
@@ -252,11 +257,11 @@ impl Shadow {
             }
         }
         self.counters.roots_built += 1;
-        Ok(RootId(id))
+        Ok(Some(RootId(id)))
     }
 
-    /// To be called before each VM entry into L2 on a shadow root: does the flush that a reclaim
-    /// asked for since this processor last did one.
+    /// To be called at each VM entry of L1 on a shadow root and at each exit of L2: does the flush
+    /// that a reclaim on another processor asked for since this one last did one.
     ///
     /// # Errors
     /// [`HostError::InvEpt`].
@@ -744,13 +749,14 @@ impl Shadow {
         // An eighth of the pool at a time, so that the flush is paid for by many fills.
         let goal = count.max(self.pool.capacity() / 8);
         while self.pool.available() + self.pool.waiting() < goal && self.drop_oldest(host) {}
-        if self.pool.available() + self.pool.waiting() < count
-            && let Some(root) = self.current(processor)
-        {
-            // Only the running roots are left: empty this processor's.
-            let live = self.pool.get(root.table).map_or([0; 8], |table| table.live);
-            for at in bits(live) {
-                self.set(host, root.table, at, 4, EMPTY);
+        if self.pool.available() + self.pool.waiting() < count {
+            // Only the roots that run are left: empty them. Their processors fill them again.
+            for number in 0..self.processors.len() {
+                let Some(root) = self.current(number) else { continue };
+                let live = self.pool.get(root.table).map_or([0; 8], |table| table.live);
+                for at in bits(live) {
+                    self.set(host, root.table, at, 4, EMPTY);
+                }
             }
         }
         self.pool.ask_flush();

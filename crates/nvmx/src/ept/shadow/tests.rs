@@ -105,7 +105,7 @@ impl Bed {
     }
 
     fn switch(&mut self, processor: usize, eptp: Eptp) -> Eptp {
-        let eptp02 = self.shadow.switch(&mut self.host, processor, eptp).unwrap();
+        let eptp02 = self.shadow.switch(&mut self.host, processor, eptp).unwrap().unwrap();
         self.shadow.flush_if_asked(&mut self.host, processor).unwrap();
         eptp02
     }
@@ -829,6 +829,26 @@ fn a_small_pool_serves_a_large_ept_frame_by_frame() {
     assert_eq!(bed.shadow.counters().roots_built, 1);
     bed.shadow.drop_all(&mut bed.host, 0).unwrap();
     assert_eq!(bed.shadow.pool.available(), 16);
+}
+
+#[test]
+fn a_processor_waits_for_frames_that_others_hold_and_gets_them() {
+    let mut bed = Bed::with(16, 32, 2);
+    let eptps: Vec<_> = (0..20).map(|_| bed.eptp(false)).collect();
+    bed.map(eptps[0], 0, 1, 0x10_0000 | RWX | WB);
+    bed.switch(0, eptps[0]);
+    bed.filled(0, 0, READ);
+    // What processor 1 gives up, processor 0 may know, until it exits and flushes.
+    let waits = eptps[1..]
+        .iter()
+        .position(|eptp| bed.shadow.switch(&mut bed.host, 1, *eptp).unwrap().is_none());
+    let next = eptps[1 + waits.unwrap()];
+    assert_eq!(bed.shadow.switch(&mut bed.host, 1, next), Ok(None));
+    bed.shadow.check(&bed.host);
+    assert_eq!(bed.access(0, 0, READ), None);
+    bed.shadow.flush_if_asked(&mut bed.host, 0).unwrap();
+    bed.switch(1, next);
+    bed.shadow.check(&bed.host);
 }
 
 #[test]
