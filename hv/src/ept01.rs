@@ -20,8 +20,8 @@ const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
 /// Frames of one set for directories and tables below 1G pages: each border of a variable range
-/// needs two at most, and there are two borders each of at most 32 ranges; the fixed ranges and
-/// L0's own need two each.
+/// needs two at most, and there are two borders each of at most 32 ranges; the fixed ranges,
+/// L0's own and the watched page need two each.
 const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8;
 /// Greatest physical-address width that EPT01 covers, and L1 is told of: four levels translate 48
 /// bits; without 1G pages a directory is needed for each GiB, which is bounded to 512 GiB.
@@ -58,6 +58,8 @@ pub(crate) struct Ept01 {
     width: u8,
     has_1g_pages: bool,
     own: Span,
+    /// A page that L1 may read but not write: the local APIC's, with several processors.
+    watched: Span,
     /// The page of ones.
     ones: u64,
     /// A table that maps every page to `ones`, read-only: all of L0's range uses it.
@@ -82,7 +84,12 @@ fn load(table: u64, index: u64) -> u64 {
 impl Ept01 {
     /// Builds the tables for a processor with `width` physical-address bits. The frames for both
     /// sets come out of `region`.
-    pub(crate) fn new(region: &mut Region, width: u8, has_1g_pages: bool) -> Self {
+    pub(crate) fn new(
+        region: &mut Region,
+        width: u8,
+        has_1g_pages: bool,
+        watched: Option<u64>,
+    ) -> Self {
         let ones = region.take_frames(1);
         // SAFETY: the frame was just taken.
         unsafe { direct::<u8>(ones).write_bytes(0xFF, PAGE as usize) };
@@ -101,6 +108,7 @@ impl Ept01 {
             width,
             has_1g_pages,
             own: crate::region::own(),
+            watched: watched.map_or(Span::default(), |page| Span { start: page, end: page + PAGE }),
             ones,
             ones_table,
             root,
@@ -161,7 +169,8 @@ impl Ept01 {
         }
         let mut kind = self.mtrrs.kind_of(span);
         let may_be_leaf = size != PAGE_1G || self.has_1g_pages;
-        if !may_be_leaf || span.overlaps(self.own) {
+        let watched = span.overlaps(self.watched);
+        if !may_be_leaf || span.overlaps(self.own) || (watched && size != PAGE) {
             kind = None;
         }
         if kind.is_none()
@@ -182,7 +191,13 @@ impl Ept01 {
         }
         let kind = kind.filter(|kind| is_valid(*kind)).unwrap_or(UC);
         let large = if size == PAGE { 0 } else { LARGE };
-        store(table, index, physical | ALL | large | u64::from(kind) << 3);
+        let rights = if watched { READ } else { ALL };
+        store(table, index, physical | rights | large | u64::from(kind) << 3);
+    }
+
+    /// The page that L1 may not write, if there is one.
+    pub(crate) fn watched(&self) -> Span {
+        self.watched
     }
 
     /// EPT01's translation of `gpa`: total, the page of ones where nothing is mapped.

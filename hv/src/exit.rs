@@ -13,6 +13,7 @@ use vmx_defs::event::{Interruptibility, IntrInfo, kind, vector};
 use vmx_defs::exit::CrAccess;
 use vmx_defs::{ExitReason, Field, ProcCtls2};
 
+use crate::apic::{self, PageWrite};
 use crate::console::fail;
 use crate::counters::Level;
 use crate::guest_cpuid::{self, Mirrored};
@@ -53,6 +54,9 @@ impl Vcpu {
         match self.processor.take_event() {
             world::Event::Exit => {
                 let reason = ExitReason::from_bits(self.host.vmread(Field::EXIT_REASON)? as u32);
+                if self.processor.index != 0 {
+                    self.clear_blocking_by_smi()?;
+                }
                 if self.engine.runs_l2() {
                     self.l2_exited(gprs, reason)?;
                 } else {
@@ -65,11 +69,26 @@ impl Vcpu {
         if core::mem::take(&mut self.host.memory_types_changed) {
             self.follow_memory_types()?;
         }
+        self.processor.begin_looking();
+        if self.processor.reset_requested() && !self.engine.runs_l2() {
+            self.reset(gprs)?;
+        }
         if self.processor.owes_nmi() {
             self.pass_owed_nmi()?;
         }
         // L1's own VMCS is launched for good at the start.
         self.processor.set_launch(self.engine.runs_l2() && self.engine.needs_launch());
+        Ok(())
+    }
+
+    /// A processor that was in the wait-for-SIPI state once goes on to report blocking by SMI in
+    /// Bochs, and refuses it at the next entry. On others the bit is never set: L0 is not in SMM.
+    fn clear_blocking_by_smi(&mut self) -> HostResult {
+        let state = self.host.vmread(Field::GUEST_INTERRUPTIBILITY)?;
+        let smi = u64::from(Interruptibility::SMI.bits());
+        if state & smi != 0 {
+            self.host.vmwrite(Field::GUEST_INTERRUPTIBILITY, state & !smi)?;
+        }
         Ok(())
     }
 
@@ -143,8 +162,22 @@ impl Vcpu {
             }
             // SMX and SGX are hidden.
             ExitReason::GETSEC | ExitReason::ENCLS => Next::Fault(Fault::Ud),
+            ExitReason::EXCEPTION_OR_NMI => {
+                // Only NMIs exit.
+                unblock_nmi();
+                self.processor.take_nmi();
+                Next::Same
+            }
+            ExitReason::STARTUP_IPI => {
+                // While it waited, NMIs were blocked too: in Bochs until an IRET.
+                unblock_nmi();
+                let vector = self.host.vmread(Field::EXIT_QUALIFICATION)? as u8;
+                self.start_at(vector)?;
+                Next::Same
+            }
+            ExitReason::EPT_VIOLATION if self.is_watched()? => return self.write_watched(gprs),
             ExitReason::EPT_VIOLATION => {
-                // All that EPT01 forbids is to write or execute L0's own memory.
+                // All else that EPT01 forbids is to write or execute L0's own memory.
                 self.raise(Exception::new(vector::GP))?;
                 Next::Same
             }
@@ -179,6 +212,7 @@ impl Vcpu {
         let is = self.engine.in_vmx_operation();
         if was != is {
             guest_cr::set_masks(&mut self.host, is)?;
+            self.processor.set_init_blocked(is);
         }
         self.conclude(handled)
     }
@@ -241,6 +275,37 @@ impl Vcpu {
         Ok(guest_cr::access(&mut self.host, gprs, access, self.engine.in_vmx_operation())?.into())
     }
 
+    /// Whether L1 touched the page of its local APIC in a way that EPT01 forbids.
+    fn is_watched(&mut self) -> HostResult<bool> {
+        if !self.host.machine.is_smp {
+            return Ok(false);
+        }
+        let at = self.host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?;
+        let watched = self.host.machine.ept01.lock().watched();
+        Ok((watched.start..watched.end).contains(&at))
+    }
+
+    /// L1 wrote to its local APIC.
+    fn write_watched(&mut self, gprs: &mut Gprs) -> HostResult {
+        let at = self.host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?;
+        let vectoring = IntrInfo::from(self.host.vmread(Field::IDT_VECTORING_INFO)? as u32);
+        if !vectoring.valid() {
+            let offset = at & 0xFFF;
+            match apic::write_page(&mut self.host, gprs, self.processor, offset)? {
+                PageWrite::Done => return Ok(()),
+                PageWrite::Refused => {}
+            }
+        }
+        self.raise(Exception::new(vector::GP))
+    }
+
+    /// INIT has come: L1's processor waits for its startup interrupt.
+    fn reset(&mut self, gprs: &mut Gprs) -> HostResult {
+        self.host.machine.nested.lock().reset_processor(&mut self.engine);
+        self.processor.forget_owed_nmi();
+        self.set_reset_state(gprs)
+    }
+
     /// L1 switches tasks in hardware, which the processor leaves to software in a guest. L0 has no
     /// use for it: L1 gets #GP, as if the descriptor were bad.
     fn task_switch(&mut self) -> HostResult {
@@ -259,17 +324,16 @@ impl Vcpu {
 
     /// EPT01's leaves carry the memory types of the MTRRs, which L1 has changed.
     fn follow_memory_types(&mut self) -> HostResult {
-        if self.host.machine.ept01.lock().follow_mtrrs() {
-            self.host.invept(InvEpt::All)?;
-        }
-        Ok(())
+        // Another processor may have changed the same MTRR before, and the tables with it: flush in
+        // any case.
+        self.host.machine.ept01.lock().follow_mtrrs();
+        self.host.invept(InvEpt::All)
     }
 
     /// An NMI that came while L0 ran was L1's.
     fn pass_owed_nmi(&mut self) -> HostResult {
         if self.engine.runs_l2() {
             // L1 gets it when it runs again, which its own interrupts bring about.
-            self.processor.postpone_owed_nmi();
             return Ok(());
         }
         let pending = IntrInfo::from(self.host.vmread(Field::ENTRY_INTR_INFO)? as u32);
@@ -279,7 +343,6 @@ impl Vcpu {
         .intersects(Interruptibility::NMI | Interruptibility::MOV_SS | Interruptibility::STI);
         if pending.valid() || blocked {
             // Not now: at the next exit.
-            self.processor.postpone_owed_nmi();
             return Ok(());
         }
         self.processor.forget_owed_nmi();
@@ -294,6 +357,28 @@ impl From<Result<(), Fault>> for Next {
             Ok(()) => Self::Following,
             Err(fault) => Self::Fault(fault),
         }
+    }
+}
+
+/// After an exit due to an NMI the processor blocks NMIs until an IRET.
+fn unblock_nmi() {
+    // SAFETY: returns to the next instruction with the same stack, segments and flags.
+    unsafe {
+        core::arch::asm!(
+            "mov {stack}, rsp",
+            "mov {segment:e}, ss",
+            "push {segment}",
+            "push {stack}",
+            "pushfq",
+            "mov {segment:e}, cs",
+            "push {segment}",
+            "lea {stack}, [rip + 2f]",
+            "push {stack}",
+            "iretq",
+            "2:",
+            stack = out(reg) _,
+            segment = out(reg) _,
+        );
     }
 }
 

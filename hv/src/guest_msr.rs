@@ -8,6 +8,7 @@ use nvmx::caps::Caps;
 use nvmx::host::MsrFault;
 use vmx_defs::{Field, msr as number};
 
+use crate::apic;
 use crate::host::Host;
 use crate::msr;
 use crate::mtrr;
@@ -69,7 +70,7 @@ fn policy(register: u32) -> Policy {
         {
             Policy::Hidden
         }
-        index::XSS => Policy::ReadOwn,
+        index::XSS | apic::X2APIC_ICR => Policy::ReadOwn,
         _ if mtrr::is_mtrr(register) => Policy::ReadOwn,
         // Outside of what the bitmap covers every access exits.
         0..=0x1FFF | 0xC000_0000..=0xC000_1FFF => Policy::Own,
@@ -150,6 +151,7 @@ pub(crate) fn write(host: &mut Host, register: u32, value: u64) -> Result<(), Ms
         }
         number::APIC_BASE => write_apic_base(host, value),
         index::MISC_ENABLE => write_real(register, value),
+        apic::X2APIC_ICR => apic::write_x2apic_icr(value).map_err(|_| MsrFault),
         // XRSTORS would load the registers of what is hidden.
         index::XSS if value & HIDDEN_XSTATE != 0 => Err(MsrFault),
         _ if policy(register) == Policy::Hidden => Err(MsrFault),
@@ -220,6 +222,8 @@ fn write_apic_base(host: &mut Host, value: u64) -> Result<(), MsrFault> {
     let legal = value & !allowed == 0
         && match (mode(host.apic_base), mode(value)) {
             (_, (false, true)) => false,
+            // L0 watches the page where it is, with several processors.
+            _ if host.machine.is_smp && (value ^ host.apic_base) >> 12 != 0 => false,
             // Out of x2APIC mode only through disabled; into it only from xAPIC mode.
             ((true, true), (true, false)) | ((false, _), (true, true)) => false,
             _ => true,

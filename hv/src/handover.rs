@@ -4,6 +4,7 @@
 use arrayvec::ArrayVec;
 use multiboot2::{BootInformation, BootInformationHeader};
 
+use crate::madt::RootTable;
 use crate::phys::{AREA_RAM, Area, DIRECT_MAP, MemoryMap, Span, direct};
 
 /// Most modules that are passed on.
@@ -27,6 +28,8 @@ pub(crate) struct Handover {
     pub(crate) modules: ArrayVec<LoadedModule, MAX_MODULES>,
     /// L0's own command line, inside the boot information.
     pub(crate) command_line: Span,
+    /// ACPI's root table.
+    pub(crate) acpi: Option<RootTable>,
     /// The boot information itself.
     pub(crate) information: Span,
 }
@@ -100,6 +103,11 @@ impl Handover {
                 .try_push(LoadedModule { bytes, string })
                 .map_err(|_| HandoverError::TooManyModules)?;
         }
-        Ok(Self { map, modules, command_line, information })
+        let acpi = match (boot.rsdp_v2_tag(), boot.rsdp_v1_tag()) {
+            (Some(tag), _) => Some(RootTable::Xsdt(tag.xsdt_address() as u64)),
+            (None, Some(tag)) => Some(RootTable::Rsdt(tag.rsdt_address() as u64)),
+            (None, None) => None,
+        };
+        Ok(Self { map, modules, command_line, acpi, information })
     }
 }

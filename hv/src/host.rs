@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use nvmx::host::{
     ENTRIES, Frames, HostResult, InvEpt, InvVpid, L1Mapping, L1Memory, MsrFault, Msrs, Vmx,
 };
+use nvmx::paging::AddressSizes;
 use vmx_defs::{Field, Gva, Hpa, L1Gpa};
 use vmx_hw::Cpu;
 
@@ -66,6 +67,11 @@ impl Host {
     fn ram<T>(&self, gpa: L1Gpa, len: u64) -> Option<*mut T> {
         let span = Span::sized(gpa.as_u64(), len)?;
         self.machine.is_ram(span).then(|| direct(span.start))
+    }
+
+    /// What CPUID tells L1 about addresses.
+    pub(crate) fn sizes(&self) -> AddressSizes {
+        self.machine.sizes
     }
 
     /// The parts of a range that each lie in one page: (address, offset in the range, length).

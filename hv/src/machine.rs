@@ -4,6 +4,7 @@
 use arrayvec::ArrayVec;
 use nvmx::caps::{Caps, HardwareCaps};
 use nvmx::engine::Nested;
+use nvmx::paging::AddressSizes;
 use spin::{Mutex, Once};
 
 use crate::ept01::Ept01;
@@ -28,6 +29,10 @@ pub(crate) struct Machine {
     pub(crate) nested: Mutex<Nested>,
     /// What the processors have of VMX.
     pub(crate) hardware: HardwareCaps,
+    /// What CPUID tells L1 about addresses.
+    pub(crate) sizes: AddressSizes,
+    /// Whether L1 has several processors.
+    pub(crate) is_smp: bool,
     /// L1's address space.
     pub(crate) ept01: Mutex<Ept01>,
 }
@@ -42,6 +47,8 @@ impl Machine {
         nested: Nested,
         hardware: HardwareCaps,
         ept01: Ept01,
+        sizes: AddressSizes,
+        is_smp: bool,
     ) -> Self {
         let mut areas: ArrayVec<Span, { crate::phys::MAX_AREAS }> =
             map.areas().iter().filter(|a| matches!(a.kind, 1 | 3 | 4)).map(|a| a.span).collect();
@@ -62,6 +69,8 @@ impl Machine {
             caps: nested.caps().clone(),
             nested: Mutex::new(nested),
             hardware,
+            sizes,
+            is_smp,
             ept01: Mutex::new(ept01),
         }
     }

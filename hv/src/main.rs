@@ -12,6 +12,7 @@ extern crate alloc;
 #[cfg(not(freestanding))]
 extern crate std;
 
+mod apic;
 mod boot;
 mod console;
 mod counters;
@@ -26,6 +27,7 @@ mod l1;
 #[cfg(freestanding)]
 mod lang;
 mod machine;
+mod madt;
 mod msr;
 mod mtrr;
 mod multiboot;
@@ -34,6 +36,7 @@ mod paging;
 mod phys;
 mod processor;
 mod region;
+mod smp;
 mod trap;
 mod vcpu;
 mod world;
@@ -48,6 +51,7 @@ use nvmx::paging::AddressSizes;
 use vmx_defs::Hpa;
 use vmx_defs::msr::{self as number, EptVpidCap};
 
+use crate::apic::LocalApic;
 use crate::console::fail;
 use crate::ept01::Ept01;
 use crate::handover::Handover;
@@ -120,9 +124,14 @@ extern "C" fn start_of_rust(information: u32) -> ! {
 
     // SAFETY: called once, here.
     unsafe { paging::move_image(&mut region, handover.map.end_of_ram()) };
-    let processor = processor::Processor::new(0);
+    let processor = processor::Processor::new(0, LocalApic::current().identifier());
     // SAFETY: this is the first processor.
     unsafe { processor.load() };
+
+    let identifiers = match madt::processors(handover.acpi, handover.map.end_of_ram()) {
+        Ok(identifiers) => identifiers,
+        Err(madt::TooMany) => fail(format_args!("more than 32 processors")),
+    };
 
     let own = region::own();
     let map = handover.map.without(own);
@@ -145,19 +154,31 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         Ok(caps) => caps,
         Err(missing) => fail(format_args!("the processor lacks {missing}")),
     };
-    let ept01 = Ept01::new(&mut region, hardware.physical_width, has_1g_ept_pages(&hardware));
+    let others = smp::plan(&mut region, &identifiers);
+    let is_smp = !others.is_empty();
+    if is_smp && !smp::can_wait() {
+        fail(format_args!("the processor can't wait for startup interrupts in a guest"));
+    }
+    let watched = is_smp.then(|| msr::read(number::APIC_BASE) & 0x000F_FFFF_FFFF_F000);
+    let ept01 =
+        Ept01::new(&mut region, hardware.physical_width, has_1g_ept_pages(&hardware), watched);
+    let start_page = handover.map.highest_place(PAGE, PAGE, START_PAGE_LIMIT, &[]);
+    if let Some(page) = start_page {
+        paging::map_start_page(&mut region, page.start);
+    }
     let frames = vcpu::take_frames(&mut region);
     let pool = region.take_rest();
+    let sizes = AddressSizes {
+        physical_width: caps.physical_width,
+        gigabyte_pages: __cpuid(0x8000_0001).edx & 1 << 26 != 0,
+    };
     let nested = Nested::new(Config {
-        sizes: AddressSizes {
-            physical_width: caps.physical_width,
-            gigabyte_pages: __cpuid(0x8000_0001).edx & 1 << 26 != 0,
-        },
+        sizes,
         caps,
         frames: Hpa::new(pool.start),
         frame_count: u32::try_from(pool.len() / PAGE).unwrap_or(u32::MAX),
         roots: ROOTS,
-        processors: 1,
+        processors: others.len() + 1,
         vmcs_cache: VMCS_CACHE,
         vmfunc: match options.vmfunc {
             VmfuncMode::Exitless | VmfuncMode::Emulated => engine::VmfuncMode::Emulated,
@@ -165,7 +186,18 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         },
         ept01: ept01.eptp(),
     });
-    let machine = Machine::install(Machine::new(options, &map, nested, hardware, ept01));
+    let machine =
+        Machine::install(Machine::new(options, &map, nested, hardware, ept01, sizes, is_smp));
+    smp::register(processor);
+    if is_smp {
+        let Some(page) = start_page else { fail(format_args!("no RAM below 1 MiB")) };
+        // SAFETY: once, here; the page is RAM and mapped to itself, and what L1 has there comes
+        // back.
+        unsafe { smp::start(machine, others, page.start) };
+    }
+    if let Some(page) = start_page {
+        paging::unmap_start_page(page.start);
+    }
     let stack_top = paging::boot_stack_top();
     // SAFETY: this is the first processor, and this function never returns to its stack.
     let vcpu = match unsafe { Vcpu::new(machine, processor, frames, stack_top) } {
@@ -173,11 +205,16 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         Err(error) => fail(format_args!("{error}")),
     };
     drop(modules);
+    if is_smp {
+        say!("{} processors", smp::count());
+    }
     say!("L1 starts at {:#x}", start.entry);
     // SAFETY: as above; vmcs01 is current.
     unsafe { vcpu.start_multiboot(start, stack_top) }
 }
 
+/// A startup interrupt begins below this address.
+const START_PAGE_LIMIT: u64 = 0xA_0000;
 /// Shadow roots that are kept: a full list of L1's for each of two VMCSs.
 const ROOTS: u32 = 1024;
 /// VMCSs of L1 that are kept out of its memory.

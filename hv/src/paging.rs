@@ -3,6 +3,7 @@
 //! moves the image over to them.
 
 use core::arch::{asm, x86_64::__cpuid};
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::phys::{DIRECT_MAP, PAGE, PAGE_1G, PAGE_2M, direct};
 use crate::region::Region;
@@ -135,12 +136,41 @@ fn build(region: &mut Region, end_of_ram: u64) -> u64 {
     root
 }
 
+/// The value of CR3 that every processor runs L0 with.
+static ROOT: AtomicU64 = AtomicU64::new(0);
+
+/// The physical address of the final tables, which lies below 4 GiB as all of L0's memory does.
+pub(crate) fn root() -> u64 {
+    ROOT.load(Ordering::Relaxed)
+}
+
+/// Maps the page at `page`, below 1 MiB, to itself, executable: a processor that starts there turns
+/// on paging while it runs on it.
+pub(crate) fn map_start_page(region: &mut Region, page: u64) {
+    let pdpt = next_table(region, root(), 0);
+    let directory = next_table(region, pdpt, 0);
+    let table = next_table(region, directory, 0);
+    set_entry(table, page >> 12 & 511, page | PRESENT | WRITE);
+}
+
+/// Takes the mapping of [`map_start_page`] away again.
+pub(crate) fn unmap_start_page(page: u64) {
+    let entry = |table: u64, index: u64| {
+        // SAFETY: the tables were made by `map_start_page`.
+        unsafe { direct::<u64>(table + index * 8).read() & ADDRESS }
+    };
+    let table = entry(entry(entry(root(), 0), 0), 0);
+    set_entry(table, page >> 12 & 511, 0);
+    x86_64::instructions::tlb::flush_all();
+}
+
 /// Copies the running image to its frames in `region` and goes on there, on the final tables.
 ///
 /// # Safety
 /// Once, on the boot tables, on the first processor; `region` is RAM within the direct map.
 pub(crate) unsafe fn move_image(region: &mut Region, end_of_ram: u64) {
     let root = build(region, end_of_ram);
+    ROOT.store(root, Ordering::Relaxed);
     let image = image();
     let to = direct::<u8>(region.image().start);
     // SAFETY: both ranges are mapped and as long as the image. Copy and switch are one block, so

@@ -34,22 +34,42 @@ struct TaskState {
     io_map: u16,
 }
 
+/// States of a processor as far as INIT is concerned.
+mod reset {
+    /// It runs L1, and INIT would reset it.
+    pub(super) const POSSIBLE: u32 = 0;
+    /// INIT was sent and has not yet taken effect.
+    pub(super) const REQUESTED: u32 = 1;
+    /// It waits for a startup interrupt: INIT is blocked.
+    pub(super) const WAITING: u32 = 2;
+    /// L1 is in VMX operation there: INIT is blocked until it leaves.
+    pub(super) const BLOCKED: u32 = 3;
+    /// As [`BLOCKED`], and INIT was sent.
+    pub(super) const BLOCKED_PENDING: u32 = 4;
+}
+
 /// What one processor owns. The assembly reaches the first fields through GS.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Processor {
-    /// An NMI came while L0 ran, and is to be looked at before a guest is entered. At GS:0.
-    nmi_owed: AtomicU32,
+    /// An NMI came since the exit path last looked for what NMIs tell of. At GS:0.
+    attention: AtomicU32,
     /// The next entry is a VMLAUNCH. At GS:4.
     launch: AtomicU32,
     /// Why the exit path was taken, if not for an exit. At GS:8.
     event: AtomicU32,
-    /// An NMI is owed that could not be injected yet.
-    nmi_postponed: AtomicU32,
+    /// An NMI that came while L0 ran is owed to L1.
+    nmi_owed: AtomicU32,
     /// What the exit path works on. At GS:16.
     vcpu: AtomicPtr<Vcpu>,
     /// Which processor this is, counting from 0 in the order they were started.
     pub(crate) index: u32,
+    /// Identifier of its local APIC.
+    pub(crate) identifier: u32,
+    /// What INIT means for it now, of [`reset`].
+    reset: AtomicU32,
+    /// The next NMI is a kick of another processor's.
+    kicked: AtomicU32,
     descriptors: [u64; 5],
     task: TaskState,
 }
@@ -63,7 +83,7 @@ struct TablePointer {
 
 impl Processor {
     /// Makes processor `index`'s tables and stacks, which live for ever.
-    pub(crate) fn new(index: u32) -> &'static mut Self {
+    pub(crate) fn new(index: u32, identifier: u32) -> &'static mut Self {
         let mut ist = [0; 7];
         for entry in ist.iter_mut().take(TRAP_STACKS) {
             let stack = Box::leak(vec![0_u128; TRAP_STACK / 16].into_boxed_slice());
@@ -79,12 +99,15 @@ impl Processor {
             io_map: size_of::<TaskState>() as u16,
         };
         let processor = Box::leak(Box::new(Self {
-            nmi_owed: AtomicU32::new(0),
+            attention: AtomicU32::new(0),
             launch: AtomicU32::new(0),
             event: AtomicU32::new(0),
-            nmi_postponed: AtomicU32::new(0),
+            nmi_owed: AtomicU32::new(0),
             vcpu: AtomicPtr::new(core::ptr::null_mut()),
             index,
+            identifier,
+            reset: AtomicU32::new(reset::POSSIBLE),
+            kicked: AtomicU32::new(0),
             descriptors: [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0, 0],
             task,
         }));
@@ -186,31 +209,79 @@ impl Processor {
         unsafe { crate::msr::write(crate::msr::GS_BASE, &raw const *self as u64) };
     }
 
-    /// Records that an NMI came while L0 ran.
-    pub(crate) fn owe_nmi(&self) {
-        self.nmi_owed.store(1, Ordering::Relaxed);
+    /// Sends it INIT; whether it has to be kicked to see it.
+    pub(crate) fn request_reset(&self) -> bool {
+        use reset::{BLOCKED, BLOCKED_PENDING, POSSIBLE, REQUESTED};
+        let swap = |from, to| {
+            self.reset.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        swap(BLOCKED, BLOCKED_PENDING);
+        swap(POSSIBLE, REQUESTED)
+    }
+
+    /// Whether an INIT has not yet taken effect.
+    pub(crate) fn reset_requested(&self) -> bool {
+        self.reset.load(Ordering::SeqCst) == reset::REQUESTED
+    }
+
+    /// Whether it waits for a startup interrupt.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.reset.load(Ordering::SeqCst) == reset::WAITING
+    }
+
+    /// Says that the processor waits for a startup interrupt, or no longer.
+    pub(crate) fn set_waiting(&self, waiting: bool) {
+        let state = if waiting { reset::WAITING } else { reset::POSSIBLE };
+        self.reset.store(state, Ordering::SeqCst);
+    }
+
+    /// Says that L1 entered VMX operation on the processor, or left it: a pending INIT then is a
+    /// request again.
+    pub(crate) fn set_init_blocked(&self, blocked: bool) {
+        use reset::{BLOCKED, BLOCKED_PENDING, POSSIBLE, REQUESTED};
+        let swap = |from, to| {
+            let _ = self.reset.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+        };
+        if blocked {
+            swap(POSSIBLE, BLOCKED);
+            swap(REQUESTED, BLOCKED_PENDING);
+        } else {
+            swap(BLOCKED, POSSIBLE);
+            swap(BLOCKED_PENDING, REQUESTED);
+        }
+    }
+
+    /// An NMI came, in the guest or while L0 ran. It is L1's unless it is a kick.
+    pub(crate) fn take_nmi(&self) {
+        if self.kicked.swap(0, Ordering::SeqCst) == 0 {
+            self.nmi_owed.store(1, Ordering::SeqCst);
+        }
+        self.attention.store(1, Ordering::SeqCst);
+    }
+
+    /// Says that the next NMI is a kick.
+    pub(crate) fn expect_kick(&self) {
+        self.kicked.store(1, Ordering::SeqCst);
+    }
+
+    /// From here on a new NMI makes the exit path look again before a guest is entered.
+    pub(crate) fn begin_looking(&self) {
+        self.attention.store(0, Ordering::SeqCst);
     }
 
     /// Whether an NMI is owed to L1.
     pub(crate) fn owes_nmi(&self) -> bool {
-        (self.nmi_owed.load(Ordering::Relaxed) | self.nmi_postponed.load(Ordering::Relaxed)) != 0
-    }
-
-    /// Lets the guest be entered although an NMI is owed; it is looked at again at the next exit.
-    pub(crate) fn postpone_owed_nmi(&self) {
-        self.nmi_postponed.store(1, Ordering::Relaxed);
-        self.nmi_owed.store(0, Ordering::Relaxed);
+        self.nmi_owed.load(Ordering::SeqCst) != 0
     }
 
     /// The owed NMI was injected. Another that came meanwhile is the same one: NMIs are not counted.
     pub(crate) fn forget_owed_nmi(&self) {
-        self.nmi_postponed.store(0, Ordering::Relaxed);
-        self.nmi_owed.store(0, Ordering::Relaxed);
+        self.nmi_owed.store(0, Ordering::SeqCst);
     }
 }
 
 const _: () = {
-    assert!(core::mem::offset_of!(Processor, nmi_owed) == 0);
+    assert!(core::mem::offset_of!(Processor, attention) == 0);
     assert!(core::mem::offset_of!(Processor, launch) == 4);
     assert!(core::mem::offset_of!(Processor, event) == 8);
     assert!(core::mem::offset_of!(Processor, vcpu) == 16);

@@ -150,7 +150,7 @@ unsafe extern "C" fn trapped(frame: *mut TrapFrame) {
     // SAFETY: the assembly passes the frame that it has just built, on this gate's own stack.
     let frame = unsafe { &mut *frame };
     if frame.vector == NMI {
-        Processor::current().owe_nmi();
+        Processor::current().take_nmi();
         // Between the last look at the flag and the entry to the guest: look again.
         let check = (&raw const nvmx_entry_check) as u64;
         let entry = (&raw const nvmx_entry_instruction) as u64;

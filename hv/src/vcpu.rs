@@ -40,10 +40,23 @@ mod rights {
     pub(super) const CODE32: u64 = 0xC09B;
     /// 32-bit data, read and write, accessed, 4-KByte granular.
     pub(super) const DATA32: u64 = 0xC093;
+    /// Real-mode code.
+    pub(super) const CODE16: u64 = 0x009B;
+    /// Real-mode data.
+    pub(super) const DATA16: u64 = 0x0093;
     /// Busy 32-bit TSS.
     pub(super) const TASK32: u64 = 0x008B;
     /// No segment.
     pub(super) const UNUSABLE: u64 = 1 << 16;
+}
+
+/// What a segment register holds.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    selector: u16,
+    base: u64,
+    limit: u32,
+    rights: u64,
 }
 
 /// A processor of L1.
@@ -196,79 +209,86 @@ impl Vcpu {
         unsafe { world::first_entry(&gprs, stack_top) }
     }
 
-    fn set_multiboot_state(&mut self, start: Start) -> HostResult {
-        let host = &mut self.host;
-        for (selector, base, limit, access, value) in [
-            (
-                Field::GUEST_ES_SELECTOR,
-                Field::GUEST_ES_BASE,
-                Field::GUEST_ES_LIMIT,
-                Field::GUEST_ES_AR,
-                rights::DATA32,
-            ),
-            (
-                Field::GUEST_CS_SELECTOR,
-                Field::GUEST_CS_BASE,
-                Field::GUEST_CS_LIMIT,
-                Field::GUEST_CS_AR,
-                rights::CODE32,
-            ),
-            (
-                Field::GUEST_SS_SELECTOR,
-                Field::GUEST_SS_BASE,
-                Field::GUEST_SS_LIMIT,
-                Field::GUEST_SS_AR,
-                rights::DATA32,
-            ),
-            (
-                Field::GUEST_DS_SELECTOR,
-                Field::GUEST_DS_BASE,
-                Field::GUEST_DS_LIMIT,
-                Field::GUEST_DS_AR,
-                rights::DATA32,
-            ),
-            (
-                Field::GUEST_FS_SELECTOR,
-                Field::GUEST_FS_BASE,
-                Field::GUEST_FS_LIMIT,
-                Field::GUEST_FS_AR,
-                rights::DATA32,
-            ),
-            (
-                Field::GUEST_GS_SELECTOR,
-                Field::GUEST_GS_BASE,
-                Field::GUEST_GS_LIMIT,
-                Field::GUEST_GS_AR,
-                rights::DATA32,
-            ),
-            (
-                Field::GUEST_LDTR_SELECTOR,
-                Field::GUEST_LDTR_BASE,
-                Field::GUEST_LDTR_LIMIT,
-                Field::GUEST_LDTR_AR,
-                rights::UNUSABLE,
-            ),
-            (
-                Field::GUEST_TR_SELECTOR,
-                Field::GUEST_TR_BASE,
-                Field::GUEST_TR_LIMIT,
-                Field::GUEST_TR_AR,
-                rights::TASK32,
-            ),
-        ] {
-            let (number, size) = match value {
-                rights::CODE32 => (0x08, 0xFFFF_FFFF),
-                rights::DATA32 => (0x10, 0xFFFF_FFFF),
-                rights::TASK32 => (0x18, 0x67),
-                _ => (0, 0),
-            };
-            host.vmwrite(selector, number)?;
-            host.vmwrite(base, 0)?;
-            host.vmwrite(limit, size)?;
-            host.vmwrite(access, value)?;
+    /// Enters L1 as a processor that waits for its startup interrupt.
+    ///
+    /// # Safety
+    /// As [`Self::start_multiboot`].
+    pub(crate) unsafe fn start_waiting(mut self: Box<Self>, stack_top: u64) -> ! {
+        let mut gprs = Gprs::default();
+        if let Err(error) = self.set_reset_state(&mut gprs) {
+            crate::console::fail(format_args!("vmcs01: {error:?}"));
         }
+        let processor = self.processor;
+        processor.set_launch(true);
+        processor.set_vcpu(Box::leak(self));
+        // SAFETY: vmcs01 is complete and clear; the caller promises the rest.
+        unsafe { world::first_entry(&gprs, stack_top) }
+    }
+
+    fn set_multiboot_state(&mut self, start: Start) -> HostResult {
+        let code = Segment { selector: 0x08, base: 0, limit: u32::MAX, rights: rights::CODE32 };
+        let data = Segment { selector: 0x10, base: 0, limit: u32::MAX, rights: rights::DATA32 };
         // PE and ET.
-        let cr0 = 0x11;
+        self.set_state(code, data, 0x11, u64::from(start.entry), activity::ACTIVE)
+    }
+
+    /// The state after INIT (SDM "Processor State After Reset"), waiting for a startup interrupt.
+    /// L1 is not in VMX operation.
+    pub(crate) fn set_reset_state(&mut self, gprs: &mut Gprs) -> HostResult {
+        let code =
+            Segment { selector: 0xF000, base: 0xFFFF_0000, limit: 0xFFFF, rights: rights::CODE16 };
+        let data = Segment { selector: 0, base: 0, limit: 0xFFFF, rights: rights::DATA16 };
+        // INIT leaves CD and NW as they are, and L1 has its own way to set them.
+        self.set_state(code, data, 0x10, 0xFFF0, activity::WAIT_FOR_SIPI)?;
+        *gprs = Gprs::default();
+        gprs.set(nvmx::regs::RDX, crate::smp::signature());
+        self.processor.set_waiting(true);
+        Ok(())
+    }
+
+    /// Starts L1's processor at `vector`, as the startup interrupt says.
+    pub(crate) fn start_at(&mut self, vector: u8) -> HostResult {
+        let host = &mut self.host;
+        for (field, value) in [
+            (Field::GUEST_CS_SELECTOR, u64::from(vector) << 8),
+            (Field::GUEST_CS_BASE, u64::from(vector) << 12),
+            (Field::GUEST_RIP, 0),
+            (Field::GUEST_ACTIVITY, u64::from(activity::ACTIVE)),
+            // Some emulators leave blocking by SMI behind.
+            (Field::GUEST_INTERRUPTIBILITY, 0),
+        ] {
+            host.vmwrite(field, value)?;
+        }
+        self.processor.set_waiting(false);
+        Ok(())
+    }
+
+    /// L1's state with these segments, and everything else as after a reset.
+    fn set_state(
+        &mut self,
+        code: Segment,
+        data: Segment,
+        cr0: u64,
+        rip: u64,
+        activity: u32,
+    ) -> HostResult {
+        let host = &mut self.host;
+        let mut entry = EntryCtls::from_bits_retain(host.vmread(Field::ENTRY_CTLS)? as u32);
+        entry.remove(EntryCtls::IA32E_MODE_GUEST);
+        host.vmwrite(Field::ENTRY_CTLS, u64::from(entry.bits()))?;
+        let task = Segment { selector: 0x18, base: 0, limit: 0x67, rights: rights::TASK32 };
+        let none = Segment { selector: 0, base: 0, limit: 0, rights: rights::UNUSABLE };
+        // The fields of the eight segments follow each other in the order ES to TR.
+        for (number, segment) in [data, code, data, data, data, data, none, task].iter().enumerate()
+        {
+            let field = |first: Field| {
+                Field::from_encoding(first.encoding() + 2 * number as u32).unwrap_or(first)
+            };
+            host.vmwrite(field(Field::GUEST_ES_SELECTOR), u64::from(segment.selector))?;
+            host.vmwrite(field(Field::GUEST_ES_BASE), segment.base)?;
+            host.vmwrite(field(Field::GUEST_ES_LIMIT), u64::from(segment.limit))?;
+            host.vmwrite(field(Field::GUEST_ES_AR), segment.rights)?;
+        }
         for (field, value) in [
             (Field::GUEST_GDTR_BASE, 0),
             (Field::GUEST_GDTR_LIMIT, 0),
@@ -281,15 +301,16 @@ impl Vcpu {
             (Field::CR4_SHADOW, 0),
             (Field::GUEST_DR7, 0x400),
             (Field::GUEST_RSP, 0),
-            (Field::GUEST_RIP, u64::from(start.entry)),
+            (Field::GUEST_RIP, rip),
             (Field::GUEST_RFLAGS, 2),
             (Field::GUEST_DEBUGCTL, 0),
             (Field::GUEST_PAT, msr::read(number::PAT)),
             (Field::GUEST_EFER, 0),
+            (Field::ENTRY_INTR_INFO, 0),
             (Field::GUEST_SYSENTER_CS, 0),
             (Field::GUEST_SYSENTER_ESP, 0),
             (Field::GUEST_SYSENTER_EIP, 0),
-            (Field::GUEST_ACTIVITY, u64::from(activity::ACTIVE)),
+            (Field::GUEST_ACTIVITY, u64::from(activity)),
             (Field::GUEST_INTERRUPTIBILITY, 0),
             (Field::GUEST_PENDING_DEBUG, 0),
         ] {
@@ -313,7 +334,9 @@ fn set_up(
 
     let hardware = &host.machine.hardware;
     let adjust = |register, wanted| Allowed::from_msr(hardware.msr(register)).adjust(wanted);
-    let pin = adjust(number::VMX_TRUE_PINBASED_CTLS, PinCtls::empty().bits());
+    // With several processors an NMI may be one of ours.
+    let pin = if host.machine.is_smp { PinCtls::NMI_EXITING } else { PinCtls::empty() };
+    let pin = adjust(number::VMX_TRUE_PINBASED_CTLS, pin.bits());
     let proc = adjust(
         number::VMX_TRUE_PROCBASED_CTLS,
         (ProcCtls::MSR_BITMAPS | ProcCtls::SECONDARY_CONTROLS).bits(),
