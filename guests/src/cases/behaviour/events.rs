@@ -176,7 +176,7 @@ fn interrupt_if_clear(ctx: &mut Ctx<'_>) -> Verdict {
 fn interrupt_in_loop(ctx: &mut Ctx<'_>) -> Verdict {
     let (mut stage, apic) = with_interrupts(ctx)?;
     stage.set(Control::Exit(ExitCtls::ACK_INTERRUPT))?;
-    apic.start_timer(VECTOR, 5000);
+    apic.start_timer(VECTOR, 1_000_000);
     stage.vm.registers.rcx = LONG;
     let exit = stage.exit_from(wait())?;
     ensure_eq!(exit.reason, ExitReason::EXTERNAL_INTERRUPT, "exit reason");
@@ -194,7 +194,7 @@ fn interrupt_wakes_hlt(ctx: &mut Ctx<'_>, saved: bool) -> Verdict {
     let (mut stage, apic) = with_interrupts(ctx)?;
     stage.clear(Control::Proc(ProcCtls::HLT_EXITING))?;
     stage.set(Control::Exit(ExitCtls::ACK_INTERRUPT))?;
-    apic.start_timer(VECTOR, 5000);
+    apic.start_timer(VECTOR, 1_000_000);
     let exit = stage.exit_from(sti_hlt())?;
     ensure_eq!(exit.reason, ExitReason::EXTERNAL_INTERRUPT, "exit reason");
     ensure_eq!(exit.rip, sti_hlt() + 2, "RIP: after HLT");

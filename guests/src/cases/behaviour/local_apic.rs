@@ -53,6 +53,10 @@ impl LocalApic {
         apic.write(SPURIOUS, 0x1FF);
         apic.write(TPR, 0);
         apic.stop_timer();
+        // A case that failed may have left interrupts in service.
+        for _ in 0..16 {
+            apic.end_of_interrupt();
+        }
         Ok(apic)
     }
 
