@@ -11,6 +11,7 @@ pub mod harness;
 pub mod instructions;
 pub mod intercepts;
 pub mod l2;
+pub mod operands;
 pub mod seed;
 
 /// Every case, file by file, in the order they run.
@@ -45,6 +46,7 @@ pub const ALL: &[&[Case]] = &[
     seed::S8,
     seed::S9,
     seed::SINGLE,
+    operands::CASES,
     behaviour::instructions::CASES,
     behaviour::control_registers::CASES,
     behaviour::state::CASES,
