@@ -16,7 +16,7 @@ mod guest;
 mod host;
 mod segments;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use controls::{ControlFailure, MsrArea, controls, vtpr_to_read};
 pub use guest::{

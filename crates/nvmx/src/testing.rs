@@ -3,6 +3,8 @@
 //! A [`TestHost`]: RAM of L1 in a `Vec`, VMCS fields in an array, frames and MSRs in maps. It
 //! implements all the traits of [`crate::host`] and nothing of the processor's behaviour.
 
+pub mod rig;
+
 use crate::host::{
     ENTRIES, Frames, HostResult, InvEpt, InvVpid, L1Mapping, L1Memory, MsrFault, Msrs, Vmx,
 };
@@ -12,6 +14,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use vmx_defs::ept::memory_type;
 use vmx_defs::field::SLOTS;
+use vmx_defs::msr;
 use vmx_defs::{EptPermissions, Field, Gva, Hpa, L1Gpa};
 
 /// RAM of L1 from address 0 on; what lies beyond reads as ones.
@@ -168,7 +171,7 @@ pub struct TestHost {
     pub invvpids: Vec<InvVpid>,
     /// Frames of the pool.
     pub frames: BTreeMap<Hpa, Box<[u64; ENTRIES]>>,
-    /// MSRs; those not here fault.
+    /// MSRs; those not here fault. IA32_EFER and IA32_PAT are fields of the current VMCS.
     pub msrs: BTreeMap<u32, u64>,
     /// What happened, in order.
     pub events: Vec<Event>,
@@ -310,11 +313,17 @@ impl Frames for TestHost {
 
 impl Msrs for TestHost {
     fn read_msr(&mut self, index: u32) -> Result<u64, MsrFault> {
-        self.msrs.get(&index).copied().ok_or(MsrFault)
+        let value = self.msrs.get(&index).copied().ok_or(MsrFault)?;
+        Ok(msr_field(index).map_or(value, |field| self.field(field)))
     }
 
     fn write_msr(&mut self, index: u32, value: u64) -> Result<(), MsrFault> {
-        self.msrs.get_mut(&index).map(|slot| *slot = value).ok_or(MsrFault)
+        let slot = self.msrs.get_mut(&index).ok_or(MsrFault)?;
+        match msr_field(index) {
+            Some(field) => self.set(field, value),
+            None => *slot = value,
+        }
+        Ok(())
     }
 
     fn may_pass_read(&self, index: u32) -> bool {
@@ -323,5 +332,14 @@ impl Msrs for TestHost {
 
     fn may_pass_write(&self, index: u32) -> bool {
         self.msrs.contains_key(&index)
+    }
+}
+
+/// The field of the current VMCS that holds an MSR.
+fn msr_field(index: u32) -> Option<Field> {
+    match index {
+        msr::EFER => Some(Field::GUEST_EFER),
+        msr::PAT => Some(Field::GUEST_PAT),
+        _ => None,
     }
 }

@@ -440,3 +440,6 @@ impl Nested {
         Ok(Succeed)
     }
 }
+
+#[cfg(test)]
+mod tests;

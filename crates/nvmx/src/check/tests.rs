@@ -12,7 +12,7 @@ use vmx_defs::event::{IntrInfo, kind};
 use vmx_defs::{Field, L1Gpa};
 
 /// A 64-bit guest of a 64-bit host, with every control that needs another field switched on.
-fn valid() -> Vmcs12 {
+pub(crate) fn valid() -> Vmcs12 {
     let mut vmcs = Vmcs12::default();
     let pin = PinCtls::EXTERNAL_INTERRUPT_EXITING | PinCtls::NMI_EXITING | PinCtls::VIRTUAL_NMIS;
     let proc = ProcCtls::IO_BITMAPS
