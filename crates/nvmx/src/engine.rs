@@ -171,7 +171,7 @@ impl Nested {
             Shadow::new(rules, config.frames, config.frame_count, config.roots, config.processors);
         let offered = |field| config.caps.supports(field);
         let plain_set = FieldSet::of(|field| offered(field) && is_plain_guest(field));
-        let plain_guest = plain_set.iter().collect();
+        let plain_guest = plain_set.of_kind(Kind::Guest).collect();
         let plain_controls = FieldSet::of(|field| offered(field) && is_plain_control(field));
         let vmcss = VmcsCache::new(config.vmcs_cache);
         Self { config, vmcss, shadow, plain_guest, plain_set, plain_controls, last_merged: 0 }

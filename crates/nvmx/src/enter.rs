@@ -149,7 +149,7 @@ impl Nested {
             known: processor.known,
         };
         writer.write(Field::VPID, vpid02.into())?;
-        for field in written.both(&self.plain_controls).iter() {
+        for field in written.both(&self.plain_controls).of_kind(Kind::Control) {
             writer.write(field, plain_control(vmcs, field))?;
         }
         if written.any(Kind::Control) {
@@ -160,7 +160,7 @@ impl Nested {
         if written.any(Kind::Control) || vmcs.proc().contains(ProcCtls::TPR_SHADOW) {
             write_controls(&mut writer, vmcs, caps, processor.scratch)?;
         }
-        for field in written.both(&self.plain_set).iter() {
+        for field in written.both(&self.plain_set).of_kind(Kind::Guest) {
             writer.host.vmwrite(field, vmcs.get(field))?;
         }
         write_switched_state(&mut writer, vmcs, &l1)?;

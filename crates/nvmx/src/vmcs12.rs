@@ -107,16 +107,26 @@ impl FieldSet {
         self
     }
 
-    /// The fields in the set, of the table's.
+    /// The fields of one kind in the set, of the table's.
     #[inline]
-    pub(crate) fn iter(&self) -> impl Iterator<Item = Field> {
-        self.0.into_iter().enumerate().flat_map(|(number, mut word)| {
-            core::iter::from_fn(move || {
-                let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
-                word &= word - 1;
-                Some(number * 64 + bit)
-            })
-            .filter_map(Field::from_slot)
+    pub(crate) fn of_kind(&self, kind: Kind) -> impl Iterator<Item = Field> + use<> {
+        let [c0, c1, r0, r1, g0, g1, h0, h1] = self.0;
+        let (first, words) = match kind {
+            Kind::Control => (0, (c0, c1)),
+            Kind::ReadOnly => (128, (r0, r1)),
+            Kind::Guest => (256, (g0, g1)),
+            Kind::Host => (384, (h0, h1)),
+        };
+        let mut rest = u128::from(words.0) | u128::from(words.1) << 64;
+        core::iter::from_fn(move || {
+            while rest != 0 {
+                let bit = rest.trailing_zeros() as usize;
+                rest &= rest - 1;
+                if let Some(field) = Field::from_slot(first + bit) {
+                    return Some(field);
+                }
+            }
+            None
         })
     }
 }
