@@ -109,8 +109,12 @@ impl Vcpu {
         if self.host.machine.options.log_exits {
             self.log(Level::L2, reason)?;
         }
-        let handled =
-            self.host.machine.nested.lock().l2_exit(&mut self.engine, &mut self.host, gprs)?;
+        let handled = self.host.machine.nested.lock().l2_exit(
+            &mut self.engine,
+            &mut self.host,
+            gprs,
+            reason,
+        )?;
         self.conclude(handled)
     }
 

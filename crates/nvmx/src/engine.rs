@@ -7,7 +7,7 @@
 
 use crate::cache::{VmcsCache, VmcsId};
 use crate::caps::Caps;
-use crate::ept::{Shadow, ShadowCounters, WalkRules};
+use crate::ept::{RootHint, Shadow, ShadowCounters, WalkRules};
 use crate::host::{Host, HostResult};
 use crate::msr_bitmap::MsrBitmap;
 use crate::paging::AddressSizes;
@@ -15,6 +15,7 @@ use crate::tlb::Vpids;
 use crate::vmcs12::{FieldSet, Vmcs12};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use vmx_defs::controls::EPTP_LIST_LEN;
 use vmx_defs::ept::Eptp;
 use vmx_defs::field::Kind;
 use vmx_defs::{Field, Hpa, L1Gpa};
@@ -112,6 +113,9 @@ pub struct Processor {
     /// A frame that stands for a page which L0 hides, where the processor may write to it.
     pub(crate) scratch: Hpa,
     pub(crate) vpids: Vpids,
+    /// Where the root of the last VM entry was found, and that of each entry of the EPTP list.
+    pub(crate) entry_hint: RootHint,
+    pub(crate) list_hints: Box<[RootHint; EPTP_LIST_LEN as usize]>,
     pub(crate) counters: ProcessorCounters,
 }
 
@@ -235,6 +239,8 @@ impl Nested {
             bitmap,
             scratch,
             vpids: Vpids::new(),
+            entry_hint: RootHint::default(),
+            list_hints: Box::new([RootHint::default(); EPTP_LIST_LEN as usize]),
             counters: ProcessorCounters::default(),
         })
     }

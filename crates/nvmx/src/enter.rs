@@ -131,7 +131,8 @@ impl Nested {
         let vpid02 = processor.vpids.enter(host, vpid12)?;
         processor.bitmap.merge(host, vmcs);
         let eptp02 = if vmcs.has_ept() {
-            match self.shadow.switch(host, processor.number, vmcs.eptp())? {
+            let hint = &mut processor.entry_hint;
+            match self.shadow.switch(host, processor.number, vmcs.eptp(), hint)? {
                 Some(eptp02) => eptp02,
                 None => {
                     // L1 tries its VM entry again, as if it had not come to it yet.

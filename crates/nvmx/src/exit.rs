@@ -79,7 +79,7 @@ impl ExitInfo {
 }
 
 impl Nested {
-    /// Handles an exit of L2, whose VMCS is current.
+    /// Handles an exit of L2, whose VMCS is current; `reason` is its exit-reason field.
     ///
     /// # Errors
     /// [`HostError`]: a bug of the engine or its host; the machine can't go on.
@@ -89,10 +89,10 @@ impl Nested {
         processor: &mut Processor,
         host: &mut impl Host,
         gprs: &mut Gprs,
+        reason: ExitReason,
     ) -> HostResult<Handled> {
         // At each exit, so that no processor keeps others waiting for frames while it runs L2.
         self.shadow.flush_if_asked(host, processor.number)?;
-        let reason = ExitReason::from_bits(host.vmread(Field::EXIT_REASON)? as u32);
         if reason == ExitReason::VMFUNC {
             processor.launched = true;
             return self.vmfunc(processor, host, gprs);

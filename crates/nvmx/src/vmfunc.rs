@@ -8,7 +8,7 @@ use crate::engine::{Handled, Nested, Processor, VmfuncMode};
 use crate::host::{Host, HostError, HostResult, L1Memory};
 use crate::inject;
 use crate::regs::{Gprs, RAX, RCX};
-use vmx_defs::controls::{EPTP_LIST_LEN, VmFuncCtls};
+use vmx_defs::controls::VmFuncCtls;
 use vmx_defs::ept::Eptp;
 use vmx_defs::{Field, L1Gpa};
 
@@ -31,19 +31,25 @@ impl Nested {
         if leaf != EPTP_SWITCHING || !enabled {
             return self.reflect(processor, host, None);
         }
+        // ECX, not RCX. The hints are as many as a list has entries, so that an index past its end
+        // finds none.
         let number = gprs.get(RCX) as u32;
-        let list = L1Gpa::new(vmcs.get(Field::EPTP_LIST_ADDRESS));
-        let caps = &self.config.caps;
-        let eptp = match list_entry(host, list, number) {
-            Some(eptp) if eptp.is_valid(caps.ept_vpid, caps.physical_width) => eptp,
-            _ => return self.reflect(processor, host, None),
+        let Some(hint) = processor.list_hints.get_mut(number as usize) else {
+            return self.reflect(processor, host, None);
         };
+        let list = L1Gpa::new(vmcs.get(Field::EPTP_LIST_ADDRESS));
+        let eptp = list_entry(host, list, number);
+        let caps = &self.config.caps;
+        if !self.shadow.confirms(*hint, eptp) && !eptp.is_valid(caps.ept_vpid, caps.physical_width)
+        {
+            return self.reflect(processor, host, None);
+        }
 
         let has_vpid = vmcs.has_vpid();
         if self.config.vmfunc == VmfuncMode::Reload {
             self.shadow.drop_all(host, processor.number)?;
         }
-        let Some(eptp02) = self.shadow.switch(host, processor.number, eptp)? else {
+        let Some(eptp02) = self.shadow.switch(host, processor.number, eptp, hint)? else {
             if self.config.vmfunc == VmfuncMode::Reload {
                 // The root that L2 ran on is gone.
                 return Err(HostError::OutOfFrames);
@@ -60,12 +66,10 @@ impl Nested {
     }
 }
 
-/// Entry `number` of L1's EPTP list, read anew at each VMFUNC (S9). `None` past its end.
+/// Entry `number` of L1's EPTP list, read anew at each VMFUNC (S9).
 #[inline]
-fn list_entry(memory: &mut impl L1Memory, list: L1Gpa, number: u32) -> Option<Eptp> {
-    if number >= EPTP_LIST_LEN {
-        return None;
-    }
-    let at = list.checked_add(8 * u64::from(number))?;
-    Some(Eptp::from(memory.read_u64(at)))
+fn list_entry(memory: &mut impl L1Memory, list: L1Gpa, number: u32) -> Eptp {
+    // A list that ended past the address space would have failed the entry checks.
+    let at = list.as_u64().wrapping_add(8 * u64::from(number));
+    Eptp::from(memory.read_u64(L1Gpa::new(at)))
 }

@@ -10,5 +10,5 @@ mod shadow;
 mod walk;
 
 pub use pool::Epoch;
-pub use shadow::{Resolution, Shadow, ShadowCounters};
+pub use shadow::{Resolution, RootHint, Shadow, ShadowCounters};
 pub use walk::{Path, Step, Walk, WalkRules, walk};

@@ -81,7 +81,7 @@ struct Root {
 }
 
 /// What the shadow MMU knows of a processor.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Processor {
     /// The root that L2 runs on, while it does.
     root: Option<RootId>,
@@ -89,6 +89,38 @@ struct Processor {
     epoch: Epoch,
     /// When L1 last executed an all-context INVEPT on it.
     invalidated: u64,
+    /// For each root, when it was last in use here; [`NEVER`] after an INVEPT.
+    last_use: Vec<u64>,
+}
+
+impl Processor {
+    fn new(roots: usize) -> Self {
+        Self {
+            root: None,
+            epoch: Epoch::default(),
+            invalidated: NEVER,
+            last_use: alloc::vec![NEVER; roots],
+        }
+    }
+
+    /// Stamps a use of the root.
+    #[inline]
+    fn used(&mut self, id: RootId, stamp: u64) {
+        if let Some(last_use) = self.last_use.get_mut(id.0 as usize) {
+            *last_use = stamp;
+        }
+    }
+}
+
+/// Where a root was found last, for the next look-up of the same place in L1's memory. May be stale
+/// or name nothing: it is verified at each use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RootHint(RootId);
+
+impl Default for RootHint {
+    fn default() -> Self {
+        Self(RootId(u32::MAX))
+    }
 }
 
 /// The stamp of a root that has nothing it may use without composing it anew.
@@ -103,8 +135,6 @@ pub struct Shadow {
     free_roots: Vec<u32>,
     root_index: HashTable<u32>,
     processors: Vec<Processor>,
-    /// For each root and processor, when the root was last in use there; [`NEVER`] after an INVEPT.
-    last_use: Vec<u64>,
     /// Counts the events that are put in order: uses of roots and compositions.
     clock: u64,
     /// When an entry was last composed.
@@ -124,8 +154,7 @@ impl Shadow {
             free_roots: (0..roots).rev().collect(),
             // Twice: a table that is never more than half full never grows.
             root_index: HashTable::with_capacity(2 * count),
-            processors: alloc::vec![Processor::default(); processors],
-            last_use: alloc::vec![NEVER; count.saturating_mul(processors)],
+            processors: alloc::vec![Processor::new(count); processors],
             clock: NEVER,
             last_change: NEVER,
             counters: ShadowCounters::default(),
@@ -161,15 +190,18 @@ impl Shadow {
         self.processors.get(processor)?.root.and_then(|id| self.root(id))
     }
 
-    fn last_use(&mut self, id: RootId, processor: usize) -> Option<&mut u64> {
-        let at = (id.0 as usize).checked_mul(self.processors.len())?.checked_add(processor)?;
-        self.last_use.get_mut(at)
+    /// Whether the hint names the root of this very EPTP, so that the EPTP needs no validation: a
+    /// root is only ever built for a valid one.
+    #[inline]
+    pub(crate) fn confirms(&self, hint: RootHint, eptp: Eptp) -> bool {
+        matches!(self.roots.get(hint.0.0 as usize), Some(Some(root)) if root.eptp12 == eptp)
     }
 
     /// The one place where a processor comes to run on another root: L1's VM entry and L2's VMFUNC
-    /// both end here (S1). Finds the root of this EPTP value or begins one; discards none (S2).
-    /// Returns the EPTP for the processor; `None` where a new root has to wait until other
-    /// processors have let go of frames, so that the guest has to try again.
+    /// both end here (S1). Finds the root of this EPTP value, which must be valid, or begins one;
+    /// discards none (S2). Returns the EPTP for the processor, and leaves in `hint` where the root
+    /// was found; `None` where a new root has to wait until other processors have let go of frames,
+    /// so that the guest has to try again.
     ///
     /// # Errors
     /// [`HostError`] of the flush that a reclaim may need.
@@ -179,39 +211,39 @@ impl Shadow {
         host: &mut impl Host,
         processor: usize,
         eptp: Eptp,
+        hint: &mut RootHint,
     ) -> HostResult<Option<Eptp>> {
-        let id = match self.find_root(eptp) {
-            Some(id) => id,
-            None => match self.build_root(host, processor, eptp)? {
+        if !self.confirms(*hint, eptp) {
+            let id = match self.find_root(eptp) {
                 Some(id) => id,
-                None => return Ok(None),
-            },
-        };
+                None => match self.build_root(host, processor, eptp)? {
+                    Some(id) => id,
+                    None => return Ok(None),
+                },
+            };
+            *hint = RootHint(id);
+        }
+        let id = hint.0;
         self.clock += 1;
         let clock = self.clock;
-        let state = self.processors.get_mut(processor).ok_or(HostError::WrongState)?;
-        let (before, invalidated) = (state.root, state.invalidated);
-        state.root = Some(id);
-        let root = self
-            .roots
-            .get_mut(id.0 as usize)
-            .and_then(Option::as_mut)
-            .ok_or(HostError::WrongState)?;
+        let Some(Some(root)) = self.roots.get_mut(id.0 as usize) else {
+            return Err(HostError::WrongState);
+        };
         root.used = clock;
-        let root = *root;
+        let (table, eptp02) = (root.table, root.eptp02);
+        let state = self.processors.get_mut(processor).ok_or(HostError::WrongState)?;
+        let before = state.root.replace(id);
         if before != Some(id) {
-            if let Some(before) = before
-                && let Some(last_use) = self.last_use(before, processor)
-            {
-                *last_use = clock;
+            if let Some(before) = before {
+                state.used(before, clock);
             }
-            let last_use = *self.last_use(id, processor).ok_or(HostError::WrongState)?;
-            let since = if last_use <= invalidated { NEVER } else { last_use };
+            let last_use = state.last_use.get(id.0 as usize).copied().unwrap_or(NEVER);
+            let since = if last_use <= state.invalidated { NEVER } else { last_use };
             if self.last_change > since {
-                self.renew(host, root.table, since);
+                self.renew(host, table, since);
             }
         }
-        Ok(Some(root.eptp02))
+        Ok(Some(eptp02))
     }
 
     #[cold]
@@ -251,10 +283,8 @@ impl Shadow {
         // An empty root has nothing stale.
         self.clock += 1;
         let clock = self.clock;
-        for processor in 0..self.processors.len() {
-            if let Some(last_use) = self.last_use(RootId(id), processor) {
-                *last_use = clock;
-            }
+        for processor in &mut self.processors {
+            processor.used(RootId(id), clock);
         }
         self.counters.roots_built += 1;
         Ok(Some(RootId(id)))
@@ -283,10 +313,7 @@ impl Shadow {
         let Some(state) = self.processors.get_mut(processor) else { return };
         if let Some(id) = state.root.take() {
             self.clock += 1;
-            let clock = self.clock;
-            if let Some(last_use) = self.last_use(id, processor) {
-                *last_use = clock;
-            }
+            state.used(id, self.clock);
         }
     }
 
@@ -612,8 +639,8 @@ impl Shadow {
                 for eptp in Self::siblings(eptp) {
                     let Some(id) = self.find_root(eptp) else { continue };
                     let Some(root) = self.root(id) else { continue };
-                    if let Some(last_use) = self.last_use(id, processor) {
-                        *last_use = NEVER;
+                    if let Some(state) = self.processors.get_mut(processor) {
+                        state.used(id, NEVER);
                     }
                     self.counters.invepts += 1;
                     host.invept(InvEpt::Single(root.eptp02))?;

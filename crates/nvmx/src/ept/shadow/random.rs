@@ -310,7 +310,8 @@ fn walk_now(bed: &mut Bed, eptp: Eptp, gpa: u64) -> Result<(u64, u64), Resolutio
 }
 
 fn switch(bed: &mut Bed, oracle: &mut Oracle, processor: usize, eptp: Eptp) {
-    if bed.shadow.switch(&mut bed.host, processor, eptp).unwrap().is_none() {
+    let mut hint = RootHint::default();
+    if bed.shadow.switch(&mut bed.host, processor, eptp, &mut hint).unwrap().is_none() {
         return;
     }
     bed.shadow.flush_if_asked(&mut bed.host, processor).unwrap();

@@ -105,7 +105,9 @@ impl Bed {
     }
 
     fn switch(&mut self, processor: usize, eptp: Eptp) -> Eptp {
-        let eptp02 = self.shadow.switch(&mut self.host, processor, eptp).unwrap().unwrap();
+        let mut hint = RootHint::default();
+        let eptp02 =
+            self.shadow.switch(&mut self.host, processor, eptp, &mut hint).unwrap().unwrap();
         self.shadow.flush_if_asked(&mut self.host, processor).unwrap();
         eptp02
     }
@@ -839,11 +841,11 @@ fn a_processor_waits_for_frames_that_others_hold_and_gets_them() {
     bed.switch(0, eptps[0]);
     bed.filled(0, 0, READ);
     // What processor 1 gives up, processor 0 may know, until it exits and flushes.
-    let waits = eptps[1..]
-        .iter()
-        .position(|eptp| bed.shadow.switch(&mut bed.host, 1, *eptp).unwrap().is_none());
+    let waits = eptps[1..].iter().position(|eptp| {
+        bed.shadow.switch(&mut bed.host, 1, *eptp, &mut RootHint::default()).unwrap().is_none()
+    });
     let next = eptps[1 + waits.unwrap()];
-    assert_eq!(bed.shadow.switch(&mut bed.host, 1, next), Ok(None));
+    assert_eq!(bed.shadow.switch(&mut bed.host, 1, next, &mut RootHint::default()), Ok(None));
     bed.shadow.check(&bed.host);
     assert_eq!(bed.access(0, 0, READ), None);
     bed.shadow.flush_if_asked(&mut bed.host, 0).unwrap();
