@@ -10,6 +10,7 @@ pub mod fields;
 pub mod harness;
 pub mod instructions;
 pub mod intercepts;
+pub mod invalidate;
 pub mod l2;
 pub mod operands;
 pub mod seed;
@@ -47,6 +48,7 @@ pub const ALL: &[&[Case]] = &[
     seed::S9,
     seed::SINGLE,
     operands::CASES,
+    invalidate::CASES,
     behaviour::instructions::CASES,
     behaviour::control_registers::CASES,
     behaviour::state::CASES,
