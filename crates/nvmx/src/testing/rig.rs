@@ -365,8 +365,10 @@ impl Rig {
         // The processor has delivered what entry injected.
         self.host
             .set(Field::ENTRY_INTR_INFO, self.host.field(Field::ENTRY_INTR_INFO) & 0x7fff_ffff);
-        let handled =
-            self.nested.l2_exit(&mut self.cpus[cpu], &mut self.host, &mut self.gprs).unwrap();
+        let handled = self
+            .nested
+            .l2_exit(&mut self.cpus[cpu], &mut self.host, &mut self.gprs, reason)
+            .unwrap();
         self.end(cpu, handled)
     }
 

@@ -518,7 +518,7 @@ fn tsc_scaling(ctx: &mut Ctx<'_>) -> Verdict {
         vmcs::write(Field::TSC_MULTIPLIER, multiplier);
         vmcs::write(Field::TSC_OFFSET, offset);
         between(&mut stage, rdtsc(), |tsc| {
-            let product = u128::from(tsc) * u128::from(multiplier) >> 48;
+            let product = (u128::from(tsc) * u128::from(multiplier)) >> 48;
             (product as u64).wrapping_add(offset)
         })?;
     }
