@@ -4,6 +4,7 @@ use crate::suite::Case;
 
 pub mod behaviour;
 pub mod controls;
+pub mod delivery;
 pub mod entry_checks;
 pub mod ept;
 pub mod fields;
@@ -30,6 +31,7 @@ pub const ALL: &[&[Case]] = &[
     entry_checks::state::CASES,
     entry_checks::msr_areas::CASES,
     entry_checks::failure::CASES,
+    delivery::CASES,
     l2::CASES,
     intercepts::CASES,
     ept::MATRIX,
