@@ -6,6 +6,8 @@
 //! page read-only), INIT and startup are served in software, and everything else is passed on as it
 //! is.
 
+use core::sync::atomic::Ordering;
+
 use iced_x86::{Code, Decoder, DecoderOptions, OpKind, Register};
 use nvmx::Gprs;
 use nvmx::host::{HostResult, L1Memory, Vmx};
@@ -112,6 +114,8 @@ impl LocalApic {
 
     /// Makes a processor look at its requests.
     pub(crate) fn kick(self, identifier: u32) {
+        // A write to the x2APIC's registers waits for no store: the request must be seen first.
+        core::sync::atomic::fence(Ordering::SeqCst);
         self.send(identifier, MODE_NMI | ASSERT);
     }
 }

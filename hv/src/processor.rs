@@ -266,7 +266,8 @@ impl Processor {
 
     /// From here on a new NMI makes the exit path look again before a guest is entered.
     pub(crate) fn begin_looking(&self) {
-        self.attention.store(0, Ordering::SeqCst);
+        // Only this processor's own NMI handler sets the flag: program order is enough.
+        self.attention.store(0, Ordering::Relaxed);
     }
 
     /// Whether an NMI is owed to L1.
