@@ -87,7 +87,11 @@ fn exits(ctx: &mut Ctx<'_>, raw: &Raw, shape: Shape) -> Verdict {
     ensure_eq!(exit.reason, raw.reason, "exit reason");
     ensure_eq!(exit.rip, code.address(), "RIP");
     ensure_eq!(exit.length, raw.bytes.len() as u64, "instruction length");
-    ensure_eq!(exit.qualification, 0, "exit qualification");
+    // Without a displacement it is 0, but with a register operand Bochs stores what its decoder left
+    // there, which may be 0: not even a known deviation can be asserted.
+    if shape != Shape::Registers {
+        ensure_eq!(exit.qualification, 0, "exit qualification");
+    }
     ensure_eq!(vm.registers.rax, 0x5555, "RAX");
     ensure_eq!(page.read(0), 0x7777, "memory operand");
     let info = InstructionInfo::from(vmcs::read(Field::EXIT_INSTRUCTION_INFO) as u32);
