@@ -317,3 +317,6 @@ fn write_switched_state<H: Host>(
     };
     writer.write(Field::GUEST_EFER, efer)
 }
+
+#[cfg(test)]
+mod tests;

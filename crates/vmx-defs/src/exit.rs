@@ -137,7 +137,7 @@ pub mod entry_failure {
     pub const DEFAULT: u64 = 0;
     /// Loading the PDPTEs failed.
     pub const PDPTE: u64 = 2;
-    /// An NMI can't be injected: the guest state blocks by MOV SS.
+    /// An NMI can't be injected: the guest state blocks by STI.
     pub const NMI_INJECTION: u64 = 3;
     /// The VMCS link pointer is bad.
     pub const VMCS_LINK_POINTER: u64 = 4;

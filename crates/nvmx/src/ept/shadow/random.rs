@@ -126,6 +126,7 @@ struct Oracle {
     current: Vec<(u64, u64, usize)>,
     uses: Vec<Use>,
     running: [Option<Eptp>; PROCESSORS],
+    hints: [[RootHint; 3]; PROCESSORS],
     /// When an EPT violation of (processor, EP4TA, gpa) was last reflected.
     reflected: Vec<(usize, u64, u64, usize)>,
     /// Frames that a processor may know.
@@ -145,6 +146,7 @@ impl Oracle {
             current: slots.map(|at| (at, read(at), 0)).collect(),
             uses: Vec::new(),
             running: [None; PROCESSORS],
+            hints: Default::default(),
             reflected: Vec::new(),
             known: Default::default(),
             reborn: Default::default(),
@@ -310,8 +312,9 @@ fn walk_now(bed: &mut Bed, eptp: Eptp, gpa: u64) -> Result<(u64, u64), Resolutio
 }
 
 fn switch(bed: &mut Bed, oracle: &mut Oracle, processor: usize, eptp: Eptp) {
-    let mut hint = RootHint::default();
-    if bed.shadow.switch(&mut bed.host, processor, eptp, &mut hint).unwrap().is_none() {
+    // As L1 has it that moves EPTPs about in its list: a hint may be of another EPTP, and stale.
+    let hint = &mut oracle.hints[processor][oracle.now % 3];
+    if bed.shadow.switch(&mut bed.host, processor, eptp, hint).unwrap().is_none() {
         return;
     }
     bed.shadow.flush_if_asked(&mut bed.host, processor).unwrap();
