@@ -7,7 +7,7 @@
 
 use arrayvec::{ArrayString, ArrayVec};
 
-/// A range of RAM that is free to use.
+/// A range of the memory map: RAM that is free to use, or what is none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Ram {
     /// Its first byte.
@@ -25,14 +25,20 @@ pub struct Info {
     pub command_line: ArrayString<COMMAND_LINE>,
     /// The RAM of the memory map, in its order.
     pub ram: ArrayVec<Ram, 32>,
+    /// What the memory map lists and is not RAM, in its order.
+    pub other: ArrayVec<Ram, 32>,
     /// End of the highest module, 0 if there is none.
     pub modules_end: u64,
 }
 
 impl Info {
     /// Nothing said.
-    pub const EMPTY: Self =
-        Self { command_line: ArrayString::new_const(), ram: ArrayVec::new_const(), modules_end: 0 };
+    pub const EMPTY: Self = Self {
+        command_line: ArrayString::new_const(),
+        ram: ArrayVec::new_const(),
+        other: ArrayVec::new_const(),
+        modules_end: 0,
+    };
 }
 
 const MAGIC: u32 = 0x2BAD_B002;
@@ -91,11 +97,10 @@ pub fn read(magic: u32, information: u32, info: &mut Info) -> Result<(), &'stati
         // The size field does not count itself.
         at += u64::from(read32(entry)) + 4;
         let (start, bytes) = (read64(entry + 4), read64(entry + 12));
-        if read32(entry + 20) == TYPE_RAM {
-            let end = start.saturating_add(bytes);
-            if info.ram.try_push(Ram { start, end }).is_err() {
-                break;
-            }
+        let range = Ram { start, end: start.saturating_add(bytes) };
+        let list = if read32(entry + 20) == TYPE_RAM { &mut info.ram } else { &mut info.other };
+        if list.try_push(range).is_err() {
+            break;
         }
     }
     Ok(())

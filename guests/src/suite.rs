@@ -120,6 +120,8 @@ pub struct Case {
 pub struct Ctx<'a> {
     /// Free pages; those a case takes are given back after it.
     pub arena: &'a mut Arena,
+    /// What the boot loader said.
+    pub info: &'a multiboot::Info,
 }
 
 /// How many cases ended how.
@@ -152,7 +154,7 @@ pub fn run(info: &multiboot::Info, files: &[&[Case]]) -> bool {
     let cases = files.iter().flat_map(|file| file.iter()).filter(|case| wanted(case.name));
     for case in cases {
         let mark = arena.mark();
-        let verdict = run_one(case, &mut Ctx { arena: &mut arena });
+        let verdict = run_one(case, &mut Ctx { arena: &mut arena, info });
         arena.reset(mark);
         let name = case.name;
         let deviates = known.split(',').any(|listed| listed == name);
@@ -198,7 +200,7 @@ pub fn run_program(
     run: fn(&mut Ctx<'_>) -> Verdict,
 ) -> bool {
     let mut arena = Arena::new(info);
-    match run_one(&Case { name, run }, &mut Ctx { arena: &mut arena }) {
+    match run_one(&Case { name, run }, &mut Ctx { arena: &mut arena, info }) {
         Ok(()) => crate::println!("{name}: done"),
         Err(Stop::Failed(reason) | Stop::Skipped(reason)) => {
             crate::println!("{name}: failed: {reason}");

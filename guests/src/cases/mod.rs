@@ -9,6 +9,7 @@ pub mod entry_checks;
 pub mod ept;
 pub mod fields;
 pub mod harness;
+pub mod hostile;
 pub mod instructions;
 pub mod intercepts;
 pub mod invalidate;
@@ -51,6 +52,10 @@ pub const ALL: &[&[Case]] = &[
     seed::SINGLE,
     operands::CASES,
     invalidate::CASES,
+    hostile::ones::CASES,
+    hostile::addresses::CASES,
+    hostile::loops::CASES,
+    hostile::regions::CASES,
     behaviour::instructions::CASES,
     behaviour::control_registers::CASES,
     behaviour::state::CASES,

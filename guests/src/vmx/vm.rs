@@ -59,10 +59,16 @@ impl Vm {
     /// A new L2 in `mode` at CPL 0, with EPT and without VPID, all exceptions exiting. Skips the
     /// case where there is no EPT.
     pub fn new(ctx: &mut Ctx<'_>, vmx: &Vmx, mode: Mode) -> Result<Self, Stop> {
+        let vmcs = vmx.region(ctx);
+        Self::over(ctx, vmx, mode, vmcs)
+    }
+
+    /// The same in a VMCS region that was used before, whatever it holds now. Every field that
+    /// matters to an L2 with these controls is written.
+    pub fn over(ctx: &mut Ctx<'_>, vmx: &Vmx, mode: Mode, vmcs: Page) -> Result<Self, Stop> {
         if !vmx.caps.has2(ProcCtls2::EPT) {
             skip!("no EPT");
         }
-        let vmcs = vmx.region(ctx);
         ensure_eq!(vmclear(vmcs), Ok(()), "VMCLEAR");
         ensure_eq!(vmptrld(vmcs), Ok(()), "VMPTRLD");
         let paging = Paging::new(ctx.arena, mode);
