@@ -575,3 +575,6 @@ fn finish(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

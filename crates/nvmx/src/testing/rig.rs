@@ -139,6 +139,11 @@ impl Rig {
         for cpu in 0..cpus {
             rig.host.poison(vmcs01(cpu));
             rig.host.poison(vmcs02(cpu));
+            // The processor writes these at each exit.
+            rig.host.current = vmcs02(cpu);
+            for (field, _) in FIELDS.iter().filter(|(field, _)| field.kind() == Kind::ReadOnly) {
+                rig.host.set(*field, 0);
+            }
             rig.host.current = vmcs01(cpu);
             for (field, _) in FIELDS.iter().filter(|(field, _)| field.kind() != Kind::ReadOnly) {
                 rig.host.set(*field, 0);
