@@ -116,3 +116,109 @@ pub(crate) fn l1_intercepts(
         None => true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestHost;
+    use crate::testing::rig::{MSR_BITMAP, values};
+
+    const PAGE: Hpa = Hpa::new(0x7000_0000);
+
+    /// Whether the processor exits for an access.
+    fn exits(host: &TestHost, index: u32, write: bool) -> bool {
+        use crate::host::Frames;
+        let high = if index >= HIGH { HIGH_WORDS } else { 0 };
+        let half = if write { WRITE_WORDS } else { 0 };
+        let word = high + half + (index & 0x1fff) as usize / 64;
+        host.load(PAGE, word) >> (index % 64) & 1 != 0
+    }
+
+    fn l1_wants(host: &mut TestHost, index: u32, write: bool, wanted: bool) {
+        let high = if index >= HIGH { 1024 } else { 0 };
+        let half = if write { 2048 } else { 0 };
+        let at = MSR_BITMAP + high + half + u64::from((index & 0x1fff) / 64 * 8);
+        let old = host.read_u64(L1Gpa::new(at));
+        let bit = 1 << (index % 64);
+        host.write_u64(L1Gpa::new(at), if wanted { old | bit } else { old & !bit });
+    }
+
+    const OFTEN: [u32; 14] = [
+        0x10,
+        0x174,
+        0x175,
+        0x176,
+        0x277,
+        0x6e0,
+        0x808,
+        0x80b,
+        0x830,
+        0xc000_0080,
+        0xc000_0081,
+        0xc000_0100,
+        0xc000_0102,
+        0xc000_0103,
+    ];
+
+    #[test]
+    fn an_access_passes_only_where_l0_and_l1_let_it() {
+        for l0 in [false, true] {
+            for l1 in [false, true] {
+                for index in OFTEN {
+                    let mut host = TestHost::new(0x1_0000);
+                    if l0 {
+                        host.msrs.insert(index, 0);
+                    }
+                    for word in (MSR_BITMAP..MSR_BITMAP + 0x1000).step_by(8) {
+                        host.write_u64(L1Gpa::new(word), u64::MAX);
+                    }
+                    let mut bitmap = MsrBitmap::new(&mut host, PAGE);
+                    for write in [false, true] {
+                        l1_wants(&mut host, index, write, !l1);
+                    }
+                    bitmap.merge(&mut host, &values());
+                    for write in [false, true] {
+                        assert_eq!(exits(&host, index, write), !(l0 && l1), "{index:#x}");
+                        assert_eq!(l1_intercepts(&mut host, &values(), index, write), !l1);
+                        assert!(exits(&host, index ^ 1, write), "L0 lets its neighbour pass");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn reads_and_writes_are_judged_apart_and_changes_take_effect_at_the_next_entry() {
+        let mut host = TestHost::new(0x1_0000);
+        host.msrs.insert(0x10, 0);
+        let mut bitmap = MsrBitmap::new(&mut host, PAGE);
+        assert!(exits(&host, 0x10, false) && exits(&host, 0x10, true), "before any entry");
+        for (read, write) in [(false, true), (true, false), (true, true), (false, false)] {
+            l1_wants(&mut host, 0x10, false, read);
+            l1_wants(&mut host, 0x10, true, write);
+            bitmap.merge(&mut host, &values());
+            assert_eq!((exits(&host, 0x10, false), exits(&host, 0x10, true)), (read, write));
+        }
+        // L1 switches its bitmaps off: every access exits, and is its own.
+        let mut without = values();
+        without.set(Field::PROC_CTLS, 0);
+        bitmap.merge(&mut host, &without);
+        assert!(exits(&host, 0x10, false) && exits(&host, 0x10, true));
+        assert!(l1_intercepts(&mut host, &without, 0x10, false));
+        bitmap.merge(&mut host, &values());
+        assert!(!exits(&host, 0x10, false));
+    }
+
+    #[test]
+    fn what_is_not_merged_always_exits() {
+        let mut host = TestHost::new(0x1_0000);
+        for index in [0x1a0, 0x48, 0xc000_1000, 0x1fff] {
+            host.msrs.insert(index, 0);
+        }
+        let mut bitmap = MsrBitmap::new(&mut host, PAGE);
+        bitmap.merge(&mut host, &values());
+        for index in [0x1a0, 0x48, 0xc000_1000, 0x1fff] {
+            assert!(exits(&host, index, false) && exits(&host, index, true));
+        }
+    }
+}

@@ -122,3 +122,85 @@ impl Vpids {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestHost;
+    use alloc::vec::Vec;
+
+    fn enter(vpids: &mut Vpids, host: &mut TestHost, vpid12: u16) -> u16 {
+        vpids.enter(host, Some(vpid12)).unwrap()
+    }
+
+    #[test]
+    fn each_vpid_in_use_has_one_of_its_own_and_alternating_flushes_nothing() {
+        let (mut vpids, mut host) = (Vpids::new(), TestHost::new(0));
+        let first: Vec<u16> = (1..=32).map(|n| enter(&mut vpids, &mut host, n * 7)).collect();
+        for (n, vpid02) in first.iter().enumerate() {
+            assert!(*vpid02 > WITHOUT_VPID);
+            assert_eq!(first.iter().position(|other| other == vpid02), Some(n));
+        }
+        // Each once, before its first use: an earlier owner may have left something.
+        assert_eq!(host.invvpids.len(), 32);
+        for _ in 0..3 {
+            for (n, vpid02) in first.iter().enumerate() {
+                assert_eq!(enter(&mut vpids, &mut host, (n as u16 + 1) * 7), *vpid02);
+            }
+        }
+        assert_eq!(host.invvpids.len(), 32);
+    }
+
+    #[test]
+    fn the_least_recently_used_is_recycled_and_flushed_before_its_next_use() {
+        let (mut vpids, mut host) = (Vpids::new(), TestHost::new(0));
+        for n in 1..=32 {
+            enter(&mut vpids, &mut host, n);
+        }
+        enter(&mut vpids, &mut host, 1);
+        let second = vpids.find(2).unwrap();
+        host.invvpids.clear();
+        assert_eq!(enter(&mut vpids, &mut host, 1000), second);
+        assert_eq!(host.invvpids, [InvVpid::Single(second)]);
+        assert_eq!(vpids.find(2), None);
+        // What L1 invalidates for the VPID that lost its vpid02 is gone already.
+        host.invvpids.clear();
+        vpids.invalidate(&mut host, InvVpid::Single(2)).unwrap();
+        assert!(host.invvpids.is_empty());
+        vpids.invalidate(&mut host, InvVpid::Single(1000)).unwrap();
+        assert_eq!(host.invvpids, [InvVpid::Single(second)]);
+    }
+
+    #[test]
+    fn all_context_invvpid_leaves_vpid_0000h_and_l1_alone() {
+        let (mut vpids, mut host) = (Vpids::new(), TestHost::new(0));
+        vpids.enter(&mut host, None).unwrap();
+        let two = [5, 0xffff].map(|n| enter(&mut vpids, &mut host, n));
+        host.invvpids.clear();
+        vpids.invalidate(&mut host, InvVpid::All).unwrap();
+        assert_eq!(host.invvpids, two.map(InvVpid::Single));
+        host.invvpids.clear();
+        // VPID 0000H is no operand of the others; free slots are not taken for it.
+        vpids.invalidate(&mut host, InvVpid::Single(0)).unwrap();
+        vpids.invalidate(&mut host, InvVpid::Address(0, Gva::new(0))).unwrap();
+        assert!(host.invvpids.is_empty());
+    }
+
+    #[test]
+    fn without_vpid_every_transition_and_switch_flushes() {
+        let (mut vpids, mut host) = (Vpids::new(), TestHost::new(0));
+        for _ in 0..2 {
+            host.invvpids.clear();
+            assert_eq!(vpids.enter(&mut host, None), Ok(WITHOUT_VPID));
+            vpids.switched(&mut host, false).unwrap();
+            vpids.leave(&mut host, false).unwrap();
+            let flushes = [WITHOUT_VPID, WITHOUT_VPID, VPID01].map(InvVpid::Single);
+            assert_eq!(host.invvpids, flushes);
+        }
+        host.invvpids.clear();
+        vpids.switched(&mut host, true).unwrap();
+        vpids.leave(&mut host, true).unwrap();
+        assert!(host.invvpids.is_empty());
+        assert_eq!(vpids.flushes, 6);
+    }
+}

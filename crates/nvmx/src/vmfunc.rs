@@ -73,3 +73,6 @@ fn list_entry(memory: &mut impl L1Memory, list: L1Gpa, number: u32) -> Eptp {
     let at = list.as_u64().wrapping_add(8 * u64::from(number));
     Eptp::from(memory.read_u64(L1Gpa::new(at)))
 }
+
+#[cfg(test)]
+mod tests;
