@@ -168,6 +168,12 @@ pub(crate) fn write_x2apic_icr(value: u64) -> Result<(), MsrFault> {
     unsafe { msr::try_write(X2APIC_ICR, value) }
 }
 
+/// Lets the decoder build its tables now: exits allocate nothing.
+pub(crate) fn prepare_decoder() {
+    const NOP: [u8; 1] = [0x90];
+    let _ = Decoder::new(64, &NOP, DecoderOptions::NONE).decode();
+}
+
 /// What becomes of a write that EPT01 keeps from the xAPIC's page.
 pub(crate) enum PageWrite {
     /// It is done, and L1 goes on behind the instruction.

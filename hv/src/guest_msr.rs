@@ -33,6 +33,8 @@ mod index {
     pub(super) const FRED: core::ops::RangeInclusive<u32> = 0x1CC..=0x1D4;
 }
 
+/// IA32_MISC_ENABLE: no execute-disable.
+const XD_DISABLE: u64 = 1 << 34;
 /// State components of hidden features: processor trace, PASID, CET, user interrupts.
 pub(crate) const HIDDEN_XSTATE: u64 = 1 << 8 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 14;
 
@@ -150,6 +152,8 @@ pub(crate) fn write(host: &mut Host, register: u32, value: u64) -> Result<(), Ms
             Err(MsrFault)
         }
         number::APIC_BASE => write_apic_base(host, value),
+        // L0's own tables use execute-disable.
+        index::MISC_ENABLE if value & XD_DISABLE != 0 => Err(MsrFault),
         index::MISC_ENABLE => write_real(register, value),
         apic::X2APIC_ICR => apic::write_x2apic_icr(value).map_err(|_| MsrFault),
         // XRSTORS would load the registers of what is hidden.

@@ -19,7 +19,7 @@ const MAX_RAM: usize = 32;
 pub(crate) struct Machine {
     /// What the user asked for.
     pub(crate) options: Options,
-    /// RAM of L1: usable memory and ACPI's, in order, adjacent areas as one.
+    /// RAM of L1: usable memory and ACPI's, adjacent areas as one, the largest first.
     ram: ArrayVec<Span, MAX_RAM>,
     /// L0's own memory.
     pub(crate) own: Span,
@@ -62,6 +62,8 @@ impl Machine {
                 }
             }
         }
+        // The engine asks for every access whether it is to RAM: most are to the largest area.
+        ram.sort_unstable_by_key(|span| core::cmp::Reverse(span.len()));
         Self {
             options,
             ram,

@@ -190,6 +190,7 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         Machine::install(Machine::new(options, &map, nested, hardware, ept01, sizes, is_smp));
     smp::register(processor);
     if is_smp {
+        apic::prepare_decoder();
         let Some(page) = start_page else { fail(format_args!("no RAM below 1 MiB")) };
         // SAFETY: once, here; the page is RAM and mapped to itself, and what L1 has there comes
         // back.

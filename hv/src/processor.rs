@@ -18,7 +18,7 @@ pub(crate) const DATA: u16 = 0x10;
 pub(crate) const TASK: u16 = 0x18;
 
 /// Bytes of a stack that an interrupt-stack-table entry points at.
-const TRAP_STACK: usize = 16 * 1024;
+const TRAP_STACK: usize = 8 * 1024;
 const TRAP_STACKS: usize = 4;
 
 /// The 64-bit task-state segment (SDM "64-bit Mode TSS"): only its interrupt stack table is used.
