@@ -64,4 +64,5 @@ pub const ALL: &[&[Case]] = &[
     behaviour::delivery::CASES,
     behaviour::apic_access::CASES,
     behaviour::modes::CASES,
+    behaviour::alternate::CASES,
 ];

@@ -51,6 +51,8 @@ pub const CASES: &[Case] = &[
     Case { name: "behaviour.preemption_timer.hlt", run: timer_hlt },
     Case { name: "behaviour.activity.hlt.injection_wakes", run: hlt_injection },
     Case { name: "behaviour.activity.hlt.saved", run: hlt_saved },
+    Case { name: "behaviour.activity.shutdown.saved", run: shutdown_saved },
+    Case { name: "behaviour.activity.shutdown.nmi_wakes", run: shutdown_nmi },
     Case { name: "behaviour.tsc_offset", run: tsc_offset },
     Case { name: "behaviour.tsc_offset.msr", run: tsc_offset_msr },
     Case { name: "behaviour.tsc_scaling", run: tsc_scaling },
@@ -464,6 +466,37 @@ fn hlt_saved(ctx: &mut Ctx<'_>) -> Verdict {
     vmcs::write(Field::GUEST_ACTIVITY, activity::ACTIVE.into());
     vmcs::write(Field::PREEMPTION_TIMER, 1 << 30);
     stage.passes(nothing())
+}
+
+fn need_shutdown(stage: &Stage) -> Verdict {
+    if !stage.vmx.caps.misc.activity_shutdown() {
+        skip!("no activity state shutdown");
+    }
+    Ok(())
+}
+
+/// In shutdown L2 executes nothing; the timer's exit saves that state.
+fn shutdown_saved(ctx: &mut Ctx<'_>) -> Verdict {
+    let mut stage = with_timer(ctx, 5000)?;
+    need_shutdown(&stage)?;
+    vmcs::write(Field::GUEST_ACTIVITY, activity::SHUTDOWN.into());
+    let exit = stage.exit_from(nothing())?;
+    ensure_eq!(exit.reason, ExitReason::PREEMPTION_TIMER, "exit reason");
+    ensure_eq!(exit.rip, nothing(), "RIP");
+    let state = vmcs::read(Field::GUEST_ACTIVITY);
+    ensure_eq!(state, activity::SHUTDOWN.into(), "activity state");
+    vmcs::write(Field::GUEST_ACTIVITY, activity::ACTIVE.into());
+    vmcs::write(Field::PREEMPTION_TIMER, 1 << 30);
+    stage.passes(nothing())
+}
+
+fn shutdown_nmi(ctx: &mut Ctx<'_>) -> Verdict {
+    let (mut stage, idt) = with_virtual_nmis(ctx)?;
+    need_shutdown(&stage)?;
+    vmcs::write(Field::GUEST_ACTIVITY, activity::SHUTDOWN.into());
+    inject_nmi(&mut stage, &idt)?;
+    ensure_eq!(vmcs::read(Field::GUEST_ACTIVITY), 0, "activity state in the handler");
+    Ok(())
 }
 
 /// What L2 reads of the time-stamp counter lies between L1's readings before and after it, once

@@ -3,6 +3,7 @@
 //! For every bit of the pin-based, processor-based, exit and entry controls there is a case that
 //! sees L2 behave otherwise with it than without it. A control that is not offered skips its cases.
 
+pub mod alternate;
 pub mod apic_access;
 pub mod bitmaps;
 pub mod control_registers;
