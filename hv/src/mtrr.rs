@@ -133,3 +133,64 @@ impl Mtrrs {
         found
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    fn mtrrs(variable: &[(u64, u64, u8)]) -> Mtrrs {
+        let width_mask = (1 << 40) - 1;
+        Mtrrs {
+            enabled: true,
+            default: WB,
+            fixed: None,
+            variable: variable
+                .iter()
+                .map(|&(base, len, kind)| Variable { base, mask: width_mask & !(len - 1), kind })
+                .collect(),
+        }
+    }
+
+    fn kind(mtrrs: &Mtrrs, start: u64, len: u64) -> Option<u8> {
+        mtrrs.kind_of(Span { start, end: start + len })
+    }
+
+    #[test]
+    fn a_border_within_the_span_gives_no_type() {
+        let mtrrs = mtrrs(&[(3 * GIB, GIB, UC), (GIB + 2 * MIB, 2 * MIB, WT)]);
+        assert_eq!(kind(&mtrrs, 0, GIB), Some(WB));
+        assert_eq!(kind(&mtrrs, GIB, GIB), None);
+        assert_eq!(kind(&mtrrs, GIB, 2 * MIB), Some(WB));
+        assert_eq!(kind(&mtrrs, GIB + 2 * MIB, 2 * MIB), Some(WT));
+        assert_eq!(kind(&mtrrs, GIB + 3 * MIB, 4096), Some(WT));
+        assert_eq!(kind(&mtrrs, 3 * GIB, GIB), Some(UC));
+        assert_eq!(kind(&mtrrs, 4 * GIB, GIB), Some(WB));
+    }
+
+    #[test]
+    fn overlapping_ranges_have_the_precedence_of_the_sdm() {
+        for (first, second, wanted) in
+            [(WB, UC, UC), (UC, WT, UC), (WB, WT, WT), (WT, WB, WT), (WB, WB, WB)]
+        {
+            let mtrrs = mtrrs(&[(GIB, GIB, first), (GIB, GIB, second)]);
+            assert_eq!(kind(&mtrrs, GIB, 4096), Some(wanted), "{first} and {second}");
+        }
+    }
+
+    #[test]
+    fn fixed_ranges_rule_the_first_mebibyte_and_disabled_mtrrs_all() {
+        let mut values = [0x0606_0606_0606_0606; FIXED.len()];
+        values[2] = 0;
+        let mut mtrrs = Mtrrs { fixed: Some(values), ..mtrrs(&[]) };
+        assert_eq!(kind(&mtrrs, 0, 0x1000), Some(WB));
+        assert_eq!(kind(&mtrrs, 0xA_0000, 0x1000), Some(UC));
+        assert_eq!(kind(&mtrrs, 0x8_0000, 0x4_0000), None);
+        assert_eq!(kind(&mtrrs, 0, 2 * MIB), None);
+        assert_eq!(kind(&mtrrs, 2 * MIB, 2 * MIB), Some(WB));
+        mtrrs.enabled = false;
+        assert_eq!(kind(&mtrrs, 0, 2 * MIB), Some(UC));
+    }
+}

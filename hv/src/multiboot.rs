@@ -268,3 +268,150 @@ pub(crate) fn information(
 }
 
 const _: () = assert!(AREA_RAM == 1, "the information uses the map's numbers as they are");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::phys::Area;
+    use alloc::vec;
+
+    fn header(flags: u32, fields: &[u32]) -> Vec<u8> {
+        let checksum = 0_u32.wrapping_sub(HEADER_MAGIC).wrapping_sub(flags);
+        let words = [HEADER_MAGIC, flags, checksum];
+        words.iter().chain(fields).flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    fn address_image(fields: [u32; 5]) -> Result<Plan, HeaderError> {
+        let mut image = header(ADDRESS_FIELDS | 3, &fields);
+        image.resize(64, 0xF4);
+        plan(&image)
+    }
+
+    /// A little-endian ELF32 file with one segment.
+    fn elf32(entry: u32, segment: [u32; 5]) -> Vec<u8> {
+        let [offset, virtual_address, physical_address, file_size, memory_size] = segment;
+        let mut file = vec![0x7F, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        for half in [2_u16, elf::abi::EM_386] {
+            file.extend(half.to_le_bytes());
+        }
+        for word in [1, entry, 52, 0, 0] {
+            file.extend(word.to_le_bytes());
+        }
+        for half in [52_u16, 32, 1, 40, 0, 0] {
+            file.extend(half.to_le_bytes());
+        }
+        let segment =
+            [PT_LOAD, offset, virtual_address, physical_address, file_size, memory_size, 7, 4096];
+        for word in segment {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend(header(3, &[]));
+        file.resize(256, 0x90);
+        file
+    }
+
+    #[test]
+    fn the_header_must_lie_aligned_in_the_first_8192_bytes_with_its_sum() {
+        let at = |offset: usize| {
+            let mut image = vec![0; offset];
+            image.extend(header(1 << 2, &[]));
+            plan(&image)
+        };
+        assert_eq!(at(8), Err(HeaderError::VideoMode));
+        assert_eq!(at(8192 - 12), Err(HeaderError::VideoMode));
+        assert_eq!(at(8192 - 8), Err(HeaderError::NoHeader));
+        assert_eq!(at(2), Err(HeaderError::NoHeader));
+        let mut wrong_sum = header(3, &[]);
+        wrong_sum[8] ^= 1;
+        assert_eq!(plan(&wrong_sum), Err(HeaderError::NoHeader));
+        assert_eq!(plan(&[]), Err(HeaderError::NoHeader));
+    }
+
+    #[test]
+    fn unknown_mandatory_flags_are_refused_and_optional_ones_ignored() {
+        for bit in 3..16 {
+            assert_eq!(plan(&header(1 << bit, &[])), Err(HeaderError::UnknownFlags(1 << bit)));
+        }
+        for bit in 17..32 {
+            assert_eq!(plan(&header(1 << bit | 3, &[])), Err(HeaderError::NotElf));
+        }
+    }
+
+    #[test]
+    fn address_fields_say_what_goes_where() {
+        let whole = address_image([0x20_0000, 0x20_0000, 0, 0, 0x20_0020]).unwrap();
+        let to = Span { start: 0x20_0000, end: 0x20_0040 };
+        assert_eq!(whole.segments, [Segment { from: 0..64, to }]);
+        assert_eq!(whole.entry, 0x20_0020);
+        let part = address_image([0x20_0000, 0x20_0000, 0x20_0030, 0x30_0000, 0x20_0020]).unwrap();
+        let to = Span { start: 0x20_0000, end: 0x30_0000 };
+        assert_eq!(part.segments, [Segment { from: 0..0x30, to }]);
+        for bad in [
+            // Header before the load address, load end before it, past the file, BSS end before.
+            [0x10_0000, 0x20_0000, 0, 0, 0],
+            [0x20_0000, 0x20_0000, 0x10_0000, 0, 0],
+            [0x20_0000, 0x20_0000, 0x20_0041, 0, 0],
+            [0x20_0000, 0x20_0000, 0, 0x20_0010, 0],
+            [u32::MAX, 0, 0, 0, 0],
+        ] {
+            assert_eq!(address_image(bad), Err(HeaderError::AddressFields), "{bad:x?}");
+        }
+    }
+
+    #[test]
+    fn elf_segments_go_to_their_physical_addresses_and_so_does_the_entry() {
+        let plan = plan(&elf32(0xC010_0010, [0, 0xC010_0000, 0x10_0000, 256, 4096])).unwrap();
+        let to = Span { start: 0x10_0000, end: 0x10_1000 };
+        assert_eq!(plan.segments, [Segment { from: 0..256, to }]);
+        assert_eq!(plan.entry, 0x10_0010);
+    }
+
+    #[test]
+    fn elf_segments_outside_the_file_are_refused() {
+        for segment in [
+            [0, 0, 0x10_0000, 257, 4096],
+            [0, 0, 0x10_0000, 256, 255],
+            [u32::MAX, 0, 0x10_0000, 1, 1],
+        ] {
+            assert_eq!(plan(&elf32(0, segment)), Err(HeaderError::Segment(0x10_0000)));
+        }
+        assert_eq!(plan(&elf32(0, [0, 0, 0, 0, 0])), Err(HeaderError::NothingToLoad));
+        let mut arm = elf32(0, [0, 0, 0x10_0000, 256, 4096]);
+        arm[18] = 40;
+        assert_eq!(plan(&arm), Err(HeaderError::NotElf));
+    }
+
+    #[test]
+    fn the_information_points_at_what_it_says() {
+        let mut map = MemoryMap::default();
+        for (start, end, kind) in
+            [(0, 0x9_F000, 1), (0x10_0000, 0x800_0000, 1), (0x800_0000, 0xA00_0000, 2)]
+        {
+            map.push(Area { span: Span { start, end }, kind });
+        }
+        let modules: [(Span, &[u8]); 2] = [
+            (Span { start: 0x20_0000, end: 0x20_0005 }, b"one  two"),
+            (Span { start: 0x20_1000, end: 0x20_1000 }, b""),
+        ];
+        let at = 0x30_0000_u32;
+        let bytes = information(at, b"a \"b\"", &modules, &map);
+        assert_eq!(bytes.len() as u64, information_len(b"a \"b\"", &modules, &map));
+        let word = |offset: u32| super::word(&bytes, offset as usize).unwrap();
+        let text = |address: u32| {
+            let rest = &bytes[(address - at) as usize..];
+            &rest[..rest.iter().position(|byte| *byte == 0).unwrap()]
+        };
+        assert_eq!(word(0), 0x24D);
+        assert_eq!((word(4), word(8)), (636, 127 * 1024));
+        assert_eq!(text(word(16)), b"a \"b\"");
+        assert_eq!(text(word(64)), LOADER_NAME);
+        assert_eq!(word(20), 2);
+        let list = word(24) - at;
+        assert_eq!((word(list), word(list + 4)), (0x20_0000, 0x20_0005));
+        assert_eq!(text(word(list + 8)), b"one  two");
+        assert_eq!(text(word(list + 24)), b"");
+        assert_eq!(word(44), 3 * 24);
+        let list = word(48) - at;
+        assert_eq!((word(list), word(list + 24 + 4), word(list + 2 * 24 + 20)), (20, 0x10_0000, 2));
+    }
+}

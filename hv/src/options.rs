@@ -68,3 +68,22 @@ impl Options {
         Ok(options)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_words_win_and_nothing_is_the_default() {
+        assert_eq!(Options::parse(""), Ok(Options::default()));
+        let options = Options::parse(" vmfunc=reload  log=exits vmfunc=emulated console=off ");
+        let wanted = Options { vmfunc: VmfuncMode::Emulated, console: false, log_exits: true };
+        assert_eq!(options, Ok(wanted));
+    }
+
+    #[test]
+    fn an_unknown_word_is_named() {
+        assert_eq!(Options::parse("log=quiet vmfunc=exit"), Err(UnknownOption("vmfunc=exit")));
+        assert_eq!(Options::parse("console"), Err(UnknownOption("console")));
+    }
+}

@@ -182,3 +182,54 @@ pub(crate) unsafe fn copy_physical(from: Span, to: u64) {
     // SAFETY: as the caller promises.
     unsafe { core::ptr::copy(direct::<u8>(from.start), direct::<u8>(to), from.len() as usize) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn map(areas: &[(u64, u64, u32)]) -> MemoryMap {
+        let mut map = MemoryMap::default();
+        for &(start, end, kind) in areas {
+            map.push(Area { span: Span { start, end }, kind });
+        }
+        map
+    }
+
+    #[test]
+    fn the_highest_place_is_aligned_below_the_limit_and_clear_of_obstacles() {
+        let map = map(&[(0, MIB, 1), (MIB, 100 * MIB, 1), (4096 * MIB, 8192 * MIB, 1)]);
+        let place = |avoid: &[Span]| map.highest_place(16 * MIB, PAGE_2M, 1 << 32, avoid);
+        assert_eq!(place(&[]), Span::sized(84 * MIB, 16 * MIB));
+        let obstacle = Span { start: 90 * MIB, end: 91 * MIB };
+        assert_eq!(place(&[obstacle]), Span::sized(74 * MIB, 16 * MIB));
+        let wall = Span { start: 10 * MIB, end: 100 * MIB };
+        assert_eq!(place(&[wall]), None);
+        assert_eq!(map.highest_place(200 * MIB, PAGE, 1 << 32, &[]), None);
+    }
+
+    #[test]
+    fn the_lowest_place_moves_over_obstacles_into_the_next_area() {
+        let map = map(&[(MIB, 4 * MIB, 1), (8 * MIB, 16 * MIB, 1)]);
+        let place = |floor, avoid: &[Span]| map.lowest_place(2 * MIB, floor, 1 << 32, avoid);
+        assert_eq!(place(MIB + 5, &[]), Span::sized(MIB + PAGE, 2 * MIB));
+        let obstacle = Span { start: MIB, end: 2 * MIB + 1 };
+        assert_eq!(place(0, &[obstacle]), Span::sized(8 * MIB, 2 * MIB));
+        assert_eq!(map.lowest_place(2 * MIB, 0, 3 * MIB, &[]), Span::sized(MIB, 2 * MIB));
+        assert_eq!(map.lowest_place(2 * MIB, 0, 2 * MIB, &[]), None);
+    }
+
+    #[test]
+    fn what_is_taken_is_reserved_up_to_the_end_of_its_area() {
+        let taken = Span { start: 64 * MIB, end: 96 * MIB };
+        let shown = map(&[(MIB, 100 * MIB, 1), (100 * MIB, 101 * MIB, 3)]).without(taken);
+        assert_eq!(
+            shown.ram().collect::<alloc::vec::Vec<_>>(),
+            [Span { start: MIB, end: 64 * MIB }]
+        );
+        assert_eq!(shown.areas()[1].span, Span { start: 64 * MIB, end: 100 * MIB });
+        assert_eq!(shown.areas()[1].kind, AREA_RESERVED);
+        assert_eq!(shown.end_of_ram(), 101 * MIB);
+    }
+}
