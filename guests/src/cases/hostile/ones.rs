@@ -1,8 +1,9 @@
 //! Answers: what follows when a structure of L1 lies where memory reads as ones?
 //!
 //! Ones are what the processor finds there, so each answer follows from the structure's format:
-//! SDM Vol. 3C, "VM-Entry Checks and ...", "EPT Misconfigurations", "EPTP Switching", "I/O-Bitmap
-//! Addresses", "MSR-Bitmap Address", "Loading MSRs", "Virtual-APIC Address".
+//! SDM Vol. 3C, "EPT Misconfigurations", "EPTP Switching", "I/O-Bitmap Addresses", "MSR-Bitmap
+//! Address", "Loading MSRs", "Virtualizing CR8-Based TPR Accesses", "Virtualizing Memory-Mapped
+//! APIC Accesses" and "Checks on Guest Non-Register State".
 
 use vmx_defs::{
     ExitReason, Field, Hpa, L2Gpa, ProcCtls, ProcCtls2, event::vector, exit::entry_failure,
@@ -187,7 +188,7 @@ fn eptp(ctx: &mut Ctx<'_>) -> Verdict {
     let (mut stage, void) = stage(ctx)?;
     let good = vmcs::read(Field::EPT_POINTER);
     for offset in [0, 0x1000, PAGE_2M - 0x1000] {
-        vmcs::write(Field::EPT_POINTER, void.start + offset | good & 0xFFF);
+        vmcs::write(Field::EPT_POINTER, (void.start + offset) | good & 0xFFF);
         let exit = stage.exit_from(nothing())?;
         ensure_eq!(exit.reason, ExitReason::EPT_MISCONFIGURATION, "exit reason");
         ensure_eq!(exit.rip, nothing(), "RIP");
