@@ -355,6 +355,3 @@ fn is_plain_control(field: Field) -> bool {
             | Field::PLE_WINDOW
     )
 }
-
-#[cfg(test)]
-mod tests;
