@@ -7,8 +7,8 @@ use core::panic::PanicInfo;
 /// Ends the machine on a bug of L0, with one line that says where.
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    crate::console::force_say(format_args!("panic: {info}"));
-    crate::console::end_machine_failed()
+    let (file, line) = info.location().map_or(("?", 0), |place| (place.file(), place.line()));
+    crate::console::fail(format_args!("panic at {file}:{line}: {}", info.message()))
 }
 
 /// Named by the prebuilt `core` and `alloc`; never called, since panics abort.
