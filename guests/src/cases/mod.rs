@@ -6,6 +6,7 @@ pub mod behaviour;
 pub mod controls;
 pub mod delivery;
 pub mod entry_checks;
+pub mod environment;
 pub mod ept;
 pub mod fields;
 pub mod harness;
@@ -50,6 +51,7 @@ pub const ALL: &[&[Case]] = &[
     seed::S8,
     seed::S9,
     seed::SINGLE,
+    environment::CASES,
     operands::CASES,
     invalidate::CASES,
     hostile::ones::CASES,
