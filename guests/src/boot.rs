@@ -7,7 +7,7 @@
 
 use core::arch::global_asm;
 
-use crate::{gdt, multiboot, power, serial, single::Single, traps};
+use crate::{gdt, machine, multiboot, power, serial, single::Single, traps};
 
 global_asm!(
     r#"
@@ -132,6 +132,7 @@ static INFO: Single<multiboot::Info> = Single::new(multiboot::Info::EMPTY);
 
 extern "C" fn guest_entry(magic: u32, information: u32) -> ! {
     serial::init();
+    machine::mask_interrupts();
     gdt::load();
     traps::load();
     // SAFETY: runs once, before anything else can hold a reference to INFO.

@@ -1,8 +1,11 @@
 //! Answers: which processor state may a case change, and how is it put back?
 
-use x86_64::registers::{
-    control::{Cr0, Cr0Flags, Cr3, Cr3Flags, Cr4, Cr4Flags},
-    model_specific::Msr,
+use x86_64::{
+    instructions::port::Port,
+    registers::{
+        control::{Cr0, Cr0Flags, Cr3, Cr3Flags, Cr4, Cr4Flags},
+        model_specific::Msr,
+    },
 };
 
 use crate::{gdt, traps, vmx};
@@ -41,6 +44,15 @@ impl State {
         }
         gdt::load();
         traps::load();
+    }
+}
+
+/// Masks the legacy interrupt controllers: this program awaits nothing from them, and an L2 that
+/// runs with RFLAGS.IF set must not get what the firmware's timer has left.
+pub fn mask_interrupts() {
+    for controller in [0x21_u16, 0xA1] {
+        // SAFETY: the mask registers of the two controllers, which every PC has.
+        unsafe { Port::<u8>::new(controller).write(0xFF) };
     }
 }
 

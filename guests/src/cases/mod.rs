@@ -67,4 +67,5 @@ pub const ALL: &[&[Case]] = &[
     behaviour::apic_access::CASES,
     behaviour::modes::CASES,
     behaviour::alternate::CASES,
+    behaviour::unseen::CASES,
 ];

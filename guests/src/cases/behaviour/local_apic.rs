@@ -1,12 +1,11 @@
 //! Answers: how does a case cause interrupts and NMIs?
 //!
 //! By the local APIC in xAPIC mode (SDM Vol. 3A, "Advanced Programmable Interrupt Controller
-//! (APIC)"). Interrupts of the legacy controllers are masked first: nothing else is to come.
+//! (APIC)"). Those of the legacy controllers are masked since boot: nothing else is to come.
 
 use core::arch::asm;
 
 use vmx_defs::{L2Gpa, msr};
-use x86_64::instructions::port::Port;
 
 use super::Stage;
 use crate::{
@@ -44,10 +43,6 @@ impl LocalApic {
         let register = rdmsr(msr::APIC_BASE);
         if register & (ENABLED | X2APIC) != ENABLED {
             skip!("no local APIC in xAPIC mode (IA32_APIC_BASE {register:#x})");
-        }
-        for controller in [0x21_u16, 0xA1] {
-            // SAFETY: masks the legacy interrupt controllers, whose interrupts nobody awaits.
-            unsafe { Port::<u8>::new(controller).write(0xFF) };
         }
         let apic = Self { base: register & 0xF_FFFF_F000 };
         apic.write(SPURIOUS, 0x1FF);

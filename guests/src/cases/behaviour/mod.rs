@@ -13,6 +13,7 @@ pub mod instructions;
 pub mod local_apic;
 pub mod modes;
 pub mod state;
+pub mod unseen;
 
 use vmx_defs::{
     EntryCtls, ExitCtls, ExitReason, Field, PinCtls, ProcCtls, ProcCtls2,
