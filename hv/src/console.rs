@@ -4,8 +4,9 @@
 //! after the start, and waits for it a bounded time only (a driver crate waits for ever, which an
 //! L1 that turned the port into loopback could use to stop L0).
 
+use core::arch::x86_64::__cpuid;
 use core::fmt::{self, Write};
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use spin::Mutex;
 use x86_64::instructions::port::Port;
@@ -66,16 +67,9 @@ pub(crate) fn set_enabled(enabled: bool) {
 
 /// Writes one line, `nvmx: ` before it. Use `say!`.
 pub(crate) fn say(text: fmt::Arguments<'_>) {
-    if ENABLED.load(Ordering::Relaxed) {
+    if ENABLED.load(Ordering::Relaxed) && ENDING.load(Ordering::Relaxed) == 0 {
         let _line = LINE.lock();
         // `Com1` never reports an error.
-        let _ = writeln!(Com1, "nvmx: {text}");
-    }
-}
-
-/// As [`say`], for a processor that dies: whoever holds the line may never give it back.
-pub(crate) fn force_say(text: fmt::Arguments<'_>) {
-    if ENABLED.load(Ordering::Relaxed) {
         let _ = writeln!(Com1, "nvmx: {text}");
     }
 }
@@ -98,20 +92,39 @@ fn drain() {
 }
 
 /// Ends the machine as failed: an emulator exits with a failure, a real machine stops here.
-pub(crate) fn end_machine_failed() -> ! {
+fn end_machine_failed() -> ! {
     drain();
     for byte in *b"Shutdown" {
         // SAFETY: no device of a PC but Bochs's listens on this port.
         unsafe { Port::<u8>::new(SHUTDOWN_PORT).write(byte) };
     }
+    stop()
+}
+
+/// Who ends the machine: 1 more than its APIC identifier, 0 while nobody does.
+static ENDING: AtomicU32 = AtomicU32::new(0);
+
+/// Says why, and ends the machine as failed. Of several processors that fail at once the first one
+/// speaks.
+pub(crate) fn fail(text: fmt::Arguments<'_>) -> ! {
+    let own = (__cpuid(1).ebx >> 24) + 1;
+    match ENDING.compare_exchange(0, own, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) if ENABLED.load(Ordering::Relaxed) => {
+            // Without the line's lock: whoever holds it may never give it back. `Com1` never
+            // reports an error.
+            let _ = writeln!(Com1, "nvmx: {text}");
+        }
+        Ok(_) => {}
+        // A fault on the way here.
+        Err(other) if other == own => {}
+        Err(_) => stop(),
+    }
+    end_machine_failed()
+}
+
+fn stop() -> ! {
     loop {
         x86_64::instructions::interrupts::disable();
         x86_64::instructions::hlt();
     }
-}
-
-/// Says why, and ends the machine as failed.
-pub(crate) fn fail(text: fmt::Arguments<'_>) -> ! {
-    force_say(text);
-    end_machine_failed()
 }
