@@ -49,7 +49,7 @@ impl Vmx for Host {
         self.cpu.invept(scope)
     }
 
-    #[inline]
+    #[inline(always)]
     fn invvpid(&mut self, scope: InvVpid) -> HostResult {
         self.cpu.invvpid(scope)
     }

@@ -299,6 +299,7 @@ const DEBUGCTL_BTF: u64 = 1 << 1;
 /// # Errors
 /// [`crate::HostError`] of VMREAD or VMWRITE.
 #[doc(alias = "skip_emulated_instruction")]
+#[inline]
 pub fn advance_rip(host: &mut impl Vmx) -> HostResult {
     let rip = host.vmread(Field::GUEST_RIP)?;
     let length = host.vmread(Field::EXIT_INSTRUCTION_LEN)? & 0xffff_ffff;

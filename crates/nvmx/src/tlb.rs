@@ -42,6 +42,7 @@ impl Vpids {
         Self { slots: [Slot { vpid12: 0, used: 0 }; POOL_LEN], clock: 0, flushes: 0 }
     }
 
+    #[inline(always)]
     fn flush(&mut self, host: &mut impl Host, scope: InvVpid) -> HostResult {
         self.flushes += 1;
         host.invvpid(scope)

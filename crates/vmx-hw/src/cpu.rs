@@ -149,7 +149,7 @@ impl Cpu {
     /// # Errors
     /// [`HostError::InvVpid`], also for VPID 0000H where the type names one, and for a linear
     /// address that is not canonical.
-    #[inline]
+    #[inline(always)]
     pub fn invvpid(&mut self, scope: InvVpid) -> HostResult {
         self.invvpids = self.invvpids.wrapping_add(1);
         let (kind, vpid, address) = match scope {
@@ -192,7 +192,8 @@ impl Vmx for Cpu {
         Cpu::invept(self, scope)
     }
 
-    #[inline]
+    // A caller knows the type, and most of this falls away.
+    #[inline(always)]
     fn invvpid(&mut self, scope: InvVpid) -> HostResult {
         Cpu::invvpid(self, scope)
     }

@@ -117,7 +117,8 @@ pub unsafe fn vmread_raw(encoding: u64) -> VmxResult<u64> {
             value = lateout(reg) value,
             cf = lateout(reg_byte) cf,
             zf = lateout(reg_byte) zf,
-            options(nostack),
+            // The VMCS is no memory that Rust knows of.
+            options(nomem, nostack),
         );
     }
     verdict(cf, zf).map(|()| value)
@@ -146,21 +147,21 @@ pub unsafe fn vmread(field: Field) -> VmxResult<u64> {
 /// makes the processor do must be sound.
 #[inline(always)]
 pub unsafe fn vmwrite_raw(encoding: u64, value: u64) -> VmxResult {
-    let (cf, zf): (u8, u8);
     // SAFETY: register operands only; the rest is the caller's promise.
     unsafe {
         asm!(
             "vmwrite {encoding}, {value}",
-            "setc {cf}",
-            "setz {zf}",
+            "jc {invalid}",
+            "jz {valid}",
             encoding = in(reg) encoding,
             value = in(reg) value,
-            cf = lateout(reg_byte) cf,
-            zf = lateout(reg_byte) zf,
-            options(nostack),
+            invalid = label { return Err(VmFail::Invalid) },
+            valid = label { return Err(VmFail::Valid) },
+            // The VMCS is no memory that Rust knows of.
+            options(nomem, nostack),
         );
     }
-    verdict(cf, zf)
+    Ok(())
 }
 
 /// VMWRITE: sets a field of the current VMCS.

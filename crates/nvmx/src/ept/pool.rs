@@ -50,6 +50,9 @@ pub(super) struct Table {
     pub(super) visited: u64,
     /// When it last got an entry.
     pub(super) changed: u64,
+    /// More than one way has led here: several entries point to it or to a table above it. Stays
+    /// set for as long as the table lives.
+    pub(super) shared: bool,
     /// One bit for each entry that is not empty.
     pub(super) live: [u64; 8],
 }
@@ -74,7 +77,14 @@ const NO_KEY: TableKey = TableKey { l1: L1Gpa::new(u64::MAX), level: 0, role: Ro
 
 impl Pool {
     pub(super) fn new(base: Hpa, frames: u32) -> Self {
-        let empty = Table { key: NO_KEY, references: 0, visited: 0, changed: 0, live: [0; 8] };
+        let empty = Table {
+            key: NO_KEY,
+            references: 0,
+            visited: 0,
+            changed: 0,
+            shared: false,
+            live: [0; 8],
+        };
         let count = frames as usize;
         let mut free = Vec::with_capacity(count);
         free.extend((0..frames).rev());
@@ -144,7 +154,7 @@ impl Pool {
     pub(super) fn take(&mut self, key: TableKey) -> Option<TableId> {
         let id = self.free.pop()?;
         let table = self.tables.get_mut(id as usize)?;
-        *table = Table { key, references: 0, visited: 0, changed: 0, live: [0; 8] };
+        *table = Table { key, references: 0, visited: 0, changed: 0, shared: false, live: [0; 8] };
         let tables = &self.tables;
         let rehash = |id: &u32| tables.get(*id as usize).map_or(0, |table| table.key.hash());
         self.index.insert_unique(key.hash(), id, rehash);

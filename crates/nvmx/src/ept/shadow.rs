@@ -137,7 +137,7 @@ pub struct Shadow {
     processors: Vec<Processor>,
     /// Counts the events that are put in order: uses of roots and compositions.
     clock: u64,
-    /// When an entry was last composed.
+    /// When an entry was last composed that others than the root in use may reach.
     last_change: u64,
     counters: ShadowCounters,
 }
@@ -205,7 +205,7 @@ impl Shadow {
     ///
     /// # Errors
     /// [`HostError`] of the flush that a reclaim may need.
-    #[inline]
+    #[inline(always)]
     pub fn switch(
         &mut self,
         host: &mut impl Host,
@@ -239,7 +239,7 @@ impl Shadow {
             }
             let last_use = state.last_use.get(id.0 as usize).copied().unwrap_or(NEVER);
             let since = if last_use <= state.invalidated { NEVER } else { last_use };
-            if self.last_change > since {
+            if since == NEVER || self.last_change > since {
                 self.renew(host, table, since);
             }
         }
@@ -521,21 +521,50 @@ impl Shadow {
             let bit = 1 << (at % 64);
             if value == EMPTY { *word &= !bit } else { *word |= bit }
         }
-        // The new one first: both may name the same table.
-        if let Some(child) = self.child(level, value) {
-            self.retain(child);
+        let (new, old) = (self.child(level, value), self.child(level, old));
+        if new == old {
+            return;
         }
-        if let Some(child) = self.child(level, old) {
+        if let Some(child) = new {
+            self.retain(child);
+            let shared = |id| self.pool.get(id).is_some_and(|table: &Table| table.shared);
+            if shared(table) || self.pool.get(child).is_some_and(|child| child.references > 1) {
+                self.share(host, child);
+            }
+        }
+        if let Some(child) = old {
             self.release(host, child);
         }
     }
 
-    /// A table got an entry that roots not in use now can't have cached.
-    fn note_change(&mut self, table: TableId) {
+    /// A table got an entry that roots not in use now can't have cached, nor other processors. That
+    /// matters to them if they reach the table.
+    fn note_change(&mut self, id: TableId) {
         self.clock += 1;
-        self.last_change = self.clock;
-        if let Some(table) = self.pool.get_mut(table) {
+        let alone = self.processors.len() == 1;
+        if let Some(table) = self.pool.get_mut(id) {
             table.changed = self.clock;
+            if table.shared || !alone {
+                self.last_change = self.clock;
+            }
+        }
+    }
+
+    /// A table, and what it reaches, can be reached on more than one way from now on.
+    fn share(&mut self, host: &mut impl Host, id: TableId) {
+        let Some(table) = self.pool.get_mut(id) else { return };
+        if table.shared {
+            return;
+        }
+        table.shared = true;
+        let (level, live) = (table.key.level, table.live);
+        if level > 1 {
+            let hpa = self.pool.hpa(id);
+            for at in bits(live) {
+                if let Some(child) = self.child(level, host.load(hpa, at)) {
+                    self.share(host, child);
+                }
+            }
         }
     }
 
