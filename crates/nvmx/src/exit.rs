@@ -15,7 +15,7 @@ use crate::paging::{CR0_PG, CR4_PAE, EFER_LMA};
 use crate::regs::{Gprs, RAX, RCX, RDX};
 use crate::vmcs12::Vmcs12;
 use crate::{msr_area, msr_bitmap};
-use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls};
+use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls2};
 use vmx_defs::ept::EptViolation;
 use vmx_defs::event::{Interruptibility, IntrInfo, activity, kind, vector};
 use vmx_defs::exit::ENTRY_FAILURE;
@@ -111,7 +111,11 @@ impl Nested {
                 self.ept_violation(processor, host, true)
             }
             // L2 runs on EPT01, which denies only what L0 hides.
-            ExitReason::EPT_VIOLATION => self.hidden(processor, host),
+            ExitReason::EPT_VIOLATION => {
+                let gpa = L2Gpa::new(host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?);
+                let hardware = EptViolation::from(host.vmread(Field::EXIT_QUALIFICATION)?);
+                self.hidden(processor, host, gpa.without_ept(), hardware)
+            }
             ExitReason::RDMSR => self.rdmsr(processor, host, gprs),
             ExitReason::WRMSR => self.wrmsr(processor, host, gprs),
             _ => self.reflect(processor, host, None),
@@ -147,12 +151,28 @@ impl Nested {
                 let info = ExitInfo::instead(ExitReason::EPT_MISCONFIGURATION, 0);
                 self.reflect(processor, host, Some(info))
             }
-            Resolution::Hidden => self.hidden(processor, host),
+            Resolution::Hidden(gpa) => self.hidden(processor, host, gpa, hardware),
         }
     }
 
-    /// L2 touched what L0 hides, other than by a read: #GP(0), as for L1.
-    fn hidden(&mut self, processor: &mut Processor, host: &mut impl Host) -> HostResult<Handled> {
+    /// L2 touched what L0 hides, other than by a read: #GP(0), as for L1. But where L1 has put its
+    /// APIC-access page there, the access is one to that page, which needs no memory behind it.
+    fn hidden(
+        &mut self,
+        processor: &mut Processor,
+        host: &mut impl Host,
+        gpa: L1Gpa,
+        hardware: EptViolation,
+    ) -> HostResult<Handled> {
+        let vmcs = self.vmcs12(processor).ok_or(HostError::WrongState)?;
+        if vmcs.proc2().contains(ProcCtls2::VIRTUALIZE_APIC_ACCESSES)
+            && gpa.page().as_u64() == vmcs.get(Field::APIC_ACCESS_ADDR)
+        {
+            let vectoring = IntrInfo::from(host.vmread(Field::IDT_VECTORING_INFO)? as u32);
+            let qualification = apic_access(gpa, hardware, vectoring.valid());
+            let info = ExitInfo::instead(ExitReason::APIC_ACCESS, qualification);
+            return self.reflect(processor, host, Some(info));
+        }
         self.raise(processor, host, Exception::new(vector::GP))
     }
 
@@ -324,6 +344,20 @@ impl Nested {
         self.stop_l2(processor);
         finish(processor, host, loaded)
     }
+}
+
+/// Exit qualification of an access to the APIC-access page (SDM Vol. 3C, "Exit Qualification for
+/// APIC-Access VM Exits from Linear Accesses and Guest-Physical Accesses"), for an access that an
+/// EPT violation described.
+fn apic_access(gpa: L1Gpa, access: EptViolation, in_delivery: bool) -> u64 {
+    let kind = match (access.translated(), in_delivery) {
+        (true, true) => 3,
+        (true, false) if access.fetch() => 2,
+        (true, false) => u64::from(access.write()),
+        (false, true) => return 10 << 12,
+        (false, false) => return 15 << 12,
+    };
+    gpa.page_offset() | kind << 12
 }
 
 /// The fields that describe an exit.

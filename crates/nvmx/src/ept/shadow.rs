@@ -50,8 +50,8 @@ pub enum Resolution {
     Violation(EptViolation),
     /// L1's own tables are misconfigured.
     Misconfiguration,
-    /// L1's tables allow the access, but EPT01 denies it: L0's own memory.
-    Hidden,
+    /// L1's tables allow the access to this address, but EPT01 denies it: L0's own memory.
+    Hidden(L1Gpa),
 }
 
 /// Counts of what the shadow MMU did, for the counters of the host.
@@ -363,7 +363,7 @@ impl Shadow {
             return Ok(if rights.contains(wanted) {
                 Resolution::Filled
             } else {
-                Resolution::Hidden
+                Resolution::Hidden(path.target(gpa))
             });
         }
         Ok(Resolution::Filled)

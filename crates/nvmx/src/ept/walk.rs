@@ -50,6 +50,14 @@ impl Path {
         self.steps.get_mut(..usize::from(self.len)).unwrap_or(&mut [])
     }
 
+    /// Where L1's tables take `gpa`, on a path that ends in a page.
+    pub fn target(&self, gpa: L2Gpa) -> L1Gpa {
+        let level = 5u8.saturating_sub(self.len);
+        let within = (1u64 << shift(level)) - 1;
+        let page = self.steps().last().map_or(0, |leaf| leaf.entry.address());
+        L1Gpa::new(page & !within | gpa.as_u64() & within)
+    }
+
     /// Rights along the path: the AND of all entries, so none where one is not present.
     pub fn permissions(&self) -> EptPermissions {
         self.steps().iter().fold(EptPermissions::all(), |all, step| all & step.entry.permissions())

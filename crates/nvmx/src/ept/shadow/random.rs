@@ -334,7 +334,7 @@ fn access(bed: &mut Bed, oracle: &mut Oracle, processor: usize, gpa: u64, access
             assert_eq!(u64::from(told) >> 3 & 7, rights);
             assert_eq!(u64::from(told) & 7, needed);
         }
-        (Resolution::Hidden, Ok((rights, page))) => {
+        (Resolution::Hidden(_), Ok((rights, page))) => {
             assert_eq!(rights & needed, needed);
             assert_eq!(page & !0xfff, HIDDEN);
         }

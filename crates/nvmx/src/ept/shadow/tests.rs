@@ -500,8 +500,14 @@ fn a_large_page_over_hidden_memory_is_split() {
         assert_eq!(bed.access(0, 0x4001_0000, READ), None, "ones, read-only");
         assert_eq!(bed.look(root, 0x4001_0000).unwrap().hpa, TestHost::ONES);
         assert_eq!(bed.look(root, 0x4001_0000).unwrap().rights, R);
-        assert_eq!(bed.access(0, 0x4001_7000, WRITE), Some(Resolution::Hidden));
-        assert_eq!(bed.access(0, 0x4001_7000, FETCH), Some(Resolution::Hidden));
+        assert_eq!(
+            bed.access(0, 0x4001_7000, WRITE),
+            Some(Resolution::Hidden(L1Gpa::new(0x8001_7000)))
+        );
+        assert_eq!(
+            bed.access(0, 0x4001_7000, FETCH),
+            Some(Resolution::Hidden(L1Gpa::new(0x8001_7000)))
+        );
         if level == 3 {
             let clear = bed.filled(0, 0x4020_0000, WRITE);
             assert_eq!((clear.hpa, clear.level), (real(0x8020_0000), 2));
@@ -552,8 +558,8 @@ fn hidden_4k_pages_never_show() {
         bed.map(eptp, 0x5000, 1, 0x1_0000 | RWX | WB);
         bed.map(eptp, 0x6000, 1, 0x1_0000 | X | WB);
         let root = bed.switch(0, eptp);
-        assert_eq!(bed.access(0, 0x5000, WRITE), Some(Resolution::Hidden));
-        assert_eq!(bed.access(0, 0x6000, FETCH), Some(Resolution::Hidden));
+        assert_eq!(bed.access(0, 0x5000, WRITE), Some(Resolution::Hidden(L1Gpa::new(0x1_0000))));
+        assert_eq!(bed.access(0, 0x6000, FETCH), Some(Resolution::Hidden(L1Gpa::new(0x1_0000))));
         assert_eq!(bed.look(root, 0x6000), None);
         assert!(bed.look(root, 0x5000).is_none_or(|mapped| mapped.rights == R));
         bed.access(0, 0x5000, READ);
