@@ -1,7 +1,9 @@
-//! Answers: how many instructions does a switch or an exit cost?
+//! Answers: how many instructions does a switch, an exit or a page cost?
 //!
 //! By the time-stamp counter, which counts instructions in Bochs; on a real processor the figures
 //! are its ticks.
+
+pub mod mmu;
 
 use vmx_defs::{ExitReason, Field};
 

@@ -26,6 +26,8 @@ use crate::{
 pub(crate) enum Suite {
     /// Switches of EPT views with VMFUNC, and a VM exit's round trip.
     Vmfunc,
+    /// What nested paging costs a page.
+    Mmu,
     /// Everything there is.
     All,
 }
@@ -38,6 +40,26 @@ const SWITCH_BOUND: f64 = 1000.0;
 
 /// What a switch may cost with 64 views, in terms of one with 2.
 const RATIO_BOUND: f64 = 1.2;
+
+/// What a page may cost.
+const PAGE_BOUNDS: [(&str, f64); 0] = [];
+
+/// How many pages of shadow tables a view may take that shares all but one path.
+const VIEW_BOUND: f64 = 5.0;
+
+/// What the benchmark guest measures of nested paging, in the order of the table.
+const PAGE_FIGURES: [&str; 7] = [
+    "first_read_4k",
+    "first_write_4k",
+    "write_after_read_4k",
+    "first_read_4k_ad",
+    "first_write_4k_ad",
+    "reread_after_invept",
+    "reread_after_one_change",
+];
+
+/// The figure that only nvmx has.
+const VIEW_FIGURE: &str = "shadow_pages_per_view";
 
 /// One measured thing, in instructions.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -63,25 +85,53 @@ fn plain<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
     }
 }
 
-/// Measures, prints a table and writes the figures. The images are built already.
-pub(crate) fn bench(workspace: &Workspace, bochs: &Bochs, suite: Suite) -> Result<Vec<Figure>> {
-    match suite {
-        // There is one suite so far.
-        Suite::Vmfunc | Suite::All => {}
+/// Measures, prints tables and writes the figures; the result is what is above its bound, a line
+/// each. The images are built already.
+pub(crate) fn bench(workspace: &Workspace, bochs: &Bochs, suite: Suite) -> Result<Vec<String>> {
+    let mut exceeded = Vec::new();
+    if matches!(suite, Suite::Vmfunc | Suite::All) {
+        exceeded.extend(vmfunc(workspace, bochs)?);
     }
-    let measure = |title: &str, options: Option<&str>| measure(workspace, bochs, title, options);
+    if matches!(suite, Suite::Mmu | Suite::All) {
+        exceeded.extend(mmu(workspace, bochs)?);
+    }
+    Ok(exceeded)
+}
+
+fn vmfunc(workspace: &Workspace, bochs: &Bochs) -> Result<Vec<String>> {
+    let measure = |way: Way| measure(workspace, bochs, "vmfunc", way);
     // Instructions are counted, not time: running side by side changes nothing.
     let (native, emulated, reload) = thread::scope(|scope| {
-        let native = scope.spawn(|| measure("native", None));
-        let emulated = scope.spawn(|| measure("emulated", Some("vmfunc=emulated")));
-        let reload = measure("reload", Some("vmfunc=reload"));
+        let native = scope.spawn(|| measure(NATIVE));
+        let emulated = scope.spawn(|| measure(EMULATED));
+        let reload = measure(("reload", Some("vmfunc=reload")));
         (joined(native), joined(emulated), reload)
     });
     let figures = join(&native?, &emulated?, &reload?)?;
+    publish(workspace, "vmfunc", "instructions", &figures)?;
+    Ok(switches_exceeded(&figures))
+}
 
+fn mmu(workspace: &Workspace, bochs: &Bochs) -> Result<Vec<String>> {
+    let measure = |way: Way| measure(workspace, bochs, "mmu", way);
+    let (native, nvmx) = thread::scope(|scope| {
+        let native = scope.spawn(|| measure(NATIVE));
+        let nvmx = measure(EMULATED);
+        (joined(native), nvmx)
+    });
+    let nvmx = nvmx?;
+    let figures = join_pages(&native?, &nvmx)?;
+    publish(workspace, "mmu", "instructions a page", &figures)?;
+    let pages = *nvmx.get(VIEW_FIGURE).with_context(|| format!("no {VIEW_FIGURE} under nvmx"))?;
+    println!("{VIEW_FIGURE}: {pages}, of views that share all but the path to one page");
+    Ok(pages_exceeded(&figures, pages))
+}
+
+/// Prints the table and writes the file of a suite.
+fn publish(workspace: &Workspace, suite: &str, unit: &str, figures: &[Figure]) -> Result<()> {
     let mut table = Builder::default();
-    table.push_record(["instructions", "native", "nvmx"]);
-    for figure in &figures {
+    table.push_record([unit, "native", "nvmx"]);
+    for figure in figures {
         let (native, nvmx) = (format_figure(figure.native), format_figure(figure.nvmx));
         table.push_record([figure.name.clone(), native, nvmx]);
     }
@@ -89,31 +139,37 @@ pub(crate) fn bench(workspace: &Workspace, bochs: &Bochs, suite: Suite) -> Resul
         "{}",
         table.build().with(Style::rounded()).modify(Columns::new(1..), Alignment::right())
     );
-    let file = write(workspace, "vmfunc", &figures)?;
+    let file = write(workspace, suite, figures)?;
     println!("written to {}", file.display());
-    Ok(figures)
+    Ok(())
 }
+
+/// A name for the run, and the hypervisor's options, if it is there.
+type Way = (&'static str, Option<&'static str>);
+
+const NATIVE: Way = ("native", None);
+const EMULATED: Way = ("emulated", Some("vmfunc=emulated"));
 
 fn joined<T>(thread: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// Runs the benchmark guest one way.
+/// Runs one suite of the benchmark guest one way.
 fn measure(
     workspace: &Workspace,
     bochs: &Bochs,
-    title: &str,
-    options: Option<&str>,
+    suite: &str,
+    (way, options): Way,
 ) -> Result<BTreeMap<String, f64>> {
     let run = Run {
-        name: &format!("bench-{title}"),
+        name: &format!("bench-{suite}-{way}"),
         boot: Boot {
             l0: options.map(|options| L0 {
                 image: workspace.image(images::HYPERVISOR),
                 options: options.to_owned(),
             }),
             l1: Some(workspace.image(images::BENCH)),
-            cmdline: String::new(),
+            cmdline: format!("suite={suite}"),
             modules: Vec::new(),
         },
         machine: Machine::default(),
@@ -121,7 +177,8 @@ fn measure(
         timeout: TIMEOUT,
         show: false,
     };
-    let serial = run.make(workspace, bochs)?.into_result().with_context(|| title.to_owned())?;
+    let outcome = run.make(workspace, bochs)?;
+    let serial = outcome.into_result().with_context(|| format!("{suite}, {way}"))?;
     Ok(parse_bench(&serial))
 }
 
@@ -159,6 +216,16 @@ fn join(
     Ok(figures)
 }
 
+/// Puts the two runs' figures of nested paging side by side.
+fn join_pages(native: &BTreeMap<String, f64>, nvmx: &BTreeMap<String, f64>) -> Result<Vec<Figure>> {
+    let figure = |name: &str| {
+        let native = *native.get(name).with_context(|| format!("no {name} natively"))?;
+        let nvmx = *nvmx.get(name).with_context(|| format!("no {name} under nvmx"))?;
+        Ok(Figure { name: name.to_owned(), native, nvmx })
+    };
+    PAGE_FIGURES.into_iter().map(figure).collect()
+}
+
 fn write(workspace: &Workspace, suite: &str, figures: &[Figure]) -> Result<PathBuf> {
     let folder = workspace.target.join("bench");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -168,11 +235,14 @@ fn write(workspace: &Workspace, suite: &str, figures: &[Figure]) -> Result<PathB
     Ok(file)
 }
 
+/// A figure under nvmx; infinite, and so above any bound, if there is none.
+fn under_nvmx(figures: &[Figure], name: &str) -> f64 {
+    figures.iter().find(|figure| figure.name == name).map_or(f64::INFINITY, |found| found.nvmx)
+}
+
 /// What is above its bound, a line each.
-pub(crate) fn exceeded(figures: &[Figure]) -> Vec<String> {
-    let nvmx = |name: &str| {
-        figures.iter().find(|figure| figure.name == name).map_or(f64::INFINITY, |found| found.nvmx)
-    };
+fn switches_exceeded(figures: &[Figure]) -> Vec<String> {
+    let nvmx = |name: &str| under_nvmx(figures, name);
     let mut lines = Vec::new();
     let (few, many) = (nvmx("switch_emulated_2"), nvmx("switch_emulated_64"));
     for (views, cost) in [(2, few), (64, many)] {
@@ -185,6 +255,17 @@ pub(crate) fn exceeded(figures: &[Figure]) -> Vec<String> {
         lines.push(format!("64 views cost {many} a switch, more than {RATIO_BOUND} times {few}"));
     }
     lines
+}
+
+/// What of nested paging is above its bound, a line each.
+fn pages_exceeded(figures: &[Figure], pages_a_view: f64) -> Vec<String> {
+    let costs = PAGE_BOUNDS.map(|(name, bound)| (name, under_nvmx(figures, name), bound));
+    costs
+        .into_iter()
+        .chain([(VIEW_FIGURE, pages_a_view, VIEW_BOUND)])
+        .filter(|(_, figure, bound)| figure > bound)
+        .map(|(name, figure, bound)| format!("{name} is {figure}, more than {bound}"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -230,9 +311,22 @@ mod tests {
 
     #[test]
     fn bounds() {
-        assert_eq!(exceeded(&figures(400.0, 480.0)), Vec::<String>::new());
-        assert_eq!(exceeded(&figures(400.0, 481.0)).len(), 1);
-        assert_eq!(exceeded(&figures(1001.0, 1001.0)).len(), 2);
-        assert_eq!(exceeded(&[]).len(), 3);
+        assert_eq!(switches_exceeded(&figures(400.0, 480.0)), Vec::<String>::new());
+        assert_eq!(switches_exceeded(&figures(400.0, 481.0)).len(), 1);
+        assert_eq!(switches_exceeded(&figures(1001.0, 1001.0)).len(), 2);
+        assert_eq!(switches_exceeded(&[]).len(), 3);
+    }
+
+    #[test]
+    fn pages_and_their_bounds() {
+        let guest = |cost| PAGE_FIGURES.map(|name| (name.to_owned(), cost)).into();
+        let figures = join_pages(&guest(4.2), &guest(7.5)).expect("complete");
+        let names: Vec<&str> = figures.iter().map(|figure| figure.name.as_str()).collect();
+        assert_eq!(names, PAGE_FIGURES);
+        assert!(PAGE_BOUNDS.iter().all(|(name, _)| names.contains(name)));
+        assert_eq!(pages_exceeded(&figures, 5.0), Vec::<String>::new());
+        assert_eq!(pages_exceeded(&figures, 5.01).len(), 1);
+        assert_eq!(pages_exceeded(&[], 4.0).len(), PAGE_BOUNDS.len());
+        assert!(join_pages(&guest(4.2), &BTreeMap::new()).is_err());
     }
 }

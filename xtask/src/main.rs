@@ -71,7 +71,7 @@ enum Task {
     },
     /// Measure in instructions, natively and under nvmx
     ///
-    /// Prints a table and writes `target/bench/vmfunc.json`.
+    /// Prints a table for each suite and writes it to `target/bench/SUITE.json`.
     Bench {
         /// What to measure
         #[arg(long, value_enum, default_value = "all")]

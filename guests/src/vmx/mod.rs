@@ -75,15 +75,30 @@ pub fn l0_signature() -> Option<[u8; 12]> {
     Some(text)
 }
 
+/// Whether nvmx is the hypervisor below, with counters of the layout that this program knows.
+fn has_l0_counters() -> bool {
+    l0_signature().is_some_and(|text| text == *b"nvmxnvmxnvmx") && __cpuid(0x4000_0001).eax == 1
+}
+
 /// How often L2 has exited to nvmx for this basic reason, if nvmx is the hypervisor below and has
 /// counters of the layout that this program knows (version 1: leaf 4000_0003H, the reason in ECX,
 /// L2's count in ECX and EDX).
 pub fn l0_exits_of_l2(reason: ExitReason) -> Option<u64> {
-    if l0_signature()? != *b"nvmxnvmxnvmx" || __cpuid(0x4000_0001).eax != 1 {
+    if !has_l0_counters() {
         return None;
     }
     let leaf = __cpuid_count(0x4000_0003, reason.bits());
     Some(u64::from(leaf.edx) << 32 | u64::from(leaf.ecx))
+}
+
+/// The two totals that nvmx has in a sub-leaf of leaf 4000_0002H, on the same conditions.
+pub fn l0_total(sub_leaf: u32) -> Option<(u64, u64)> {
+    if !has_l0_counters() {
+        return None;
+    }
+    let leaf = __cpuid_count(0x4000_0002, sub_leaf);
+    let word = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+    Some((word(leaf.eax, leaf.ebx), word(leaf.ecx, leaf.edx)))
 }
 
 /// The capability MSRs, TRUE ones where they exist.
