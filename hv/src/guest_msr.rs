@@ -30,12 +30,18 @@ mod index {
     pub(super) const CET: core::ops::RangeInclusive<u32> = 0x6A0..=0x6A8;
     pub(super) const PROTECTION_KEYS: u32 = 0x6E1;
     pub(super) const XSS: u32 = 0xDA0;
+    /// IA32_USER_MSR_CTL.
+    pub(super) const USER_MSR: u32 = 0x1C;
+    /// IA32_VMX_PROCBASED_CTLS3 and IA32_VMX_EXIT_CTLS2: of neither is anything offered.
+    pub(super) const VMX_NEWER: core::ops::RangeInclusive<u32> = 0x492..=0x493;
     pub(super) const FRED: core::ops::RangeInclusive<u32> = 0x1CC..=0x1D4;
 }
 
 /// IA32_MISC_ENABLE: no execute-disable.
 const XD_DISABLE: u64 = 1 << 34;
-/// State components of hidden features: processor trace, PASID, CET, user interrupts.
+/// State components of hidden features that XCR0 governs: protection keys.
+pub(crate) const HIDDEN_XCR0: u64 = 1 << 9;
+/// The same of IA32_XSS: processor trace, PASID, CET, user interrupts.
 pub(crate) const HIDDEN_XSTATE: u64 = 1 << 8 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 14;
 
 /// How a guest reaches a register.
@@ -63,11 +69,13 @@ fn policy(register: u32) -> Policy {
         | index::SMBASE
         | index::PEBS_ENABLE
         | index::DEBUG_STORE
+        | index::USER_MSR
         | index::PROTECTION_KEYS => Policy::Hidden,
         _ if index::SGX_HASH.contains(&register)
             || index::SMRR.contains(&register)
             || index::TRACE.contains(&register)
             || index::CET.contains(&register)
+            || index::VMX_NEWER.contains(&register)
             || index::FRED.contains(&register) =>
         {
             Policy::Hidden
@@ -211,7 +219,8 @@ const APIC_EXTD: u64 = 1 << 10;
 const APIC_ENABLE: u64 = 1 << 11;
 const APIC_BSP: u64 = 1 << 8;
 
-/// SDM "x2APIC State Transitions", and the reserved bits of the register.
+/// SDM "x2APIC State Transitions", and the reserved bits of the register. To move the page is
+/// refused, which is our policy.
 ///
 /// A disabled APIC is only L1's to see: the real one stays as it was until it is enabled in another
 /// mode (emulators keep an APIC off for good once it was).
@@ -226,8 +235,10 @@ fn write_apic_base(host: &mut Host, value: u64) -> Result<(), MsrFault> {
     let legal = value & !allowed == 0
         && match (mode(host.apic_base), mode(value)) {
             (_, (false, true)) => false,
-            // L0 watches the page where it is, with several processors.
-            _ if host.machine.is_smp && (value ^ host.apic_base) >> 12 != 0 => false,
+            // The page stays where it is. The processor looks for its registers before it looks
+            // for memory, so that anywhere else they could cover memory of L0's, or the page that
+            // L0 watches with several processors.
+            _ if (value ^ host.apic_base) >> 12 != 0 => false,
             // Out of x2APIC mode only through disabled; into it only from xAPIC mode.
             ((true, true), (true, false)) | ((false, _), (true, true)) => false,
             _ => true,

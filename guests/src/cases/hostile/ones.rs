@@ -6,7 +6,7 @@
 //! APIC Accesses" and "Checks on Guest Non-Register State".
 
 use vmx_defs::{
-    ExitReason, Field, Hpa, L2Gpa, ProcCtls, ProcCtls2, event::vector, exit::entry_failure,
+    ExitReason, Field, Hpa, L2Gpa, ProcCtls, ProcCtls2, event::vector, exit::entry_failure, msr,
 };
 use vmx_hw::{VmFail, VmxResult};
 
@@ -14,7 +14,7 @@ use super::Void;
 use crate::{
     cases::behaviour::{Control, Stage},
     ensure, ensure_eq, l2_code,
-    memory::PAGE_2M,
+    memory::{PAGE, PAGE_2M},
     skip,
     suite::{Case, Ctx, Stop, Verdict},
     traps::catch,
@@ -31,6 +31,7 @@ use crate::{
 pub const CASES: &[Case] = &[
     Case { name: "hostile.ones.read", run: read },
     Case { name: "hostile.ones.write", run: write },
+    Case { name: "hostile.ones.local_apic", run: local_apic },
     Case { name: "hostile.ones.vmxon", run: vmxon },
     Case { name: "hostile.ones.vmptrld", run: vmptrld },
     Case { name: "hostile.ones.vmclear", run: vmclear },
@@ -104,6 +105,26 @@ fn write(ctx: &mut Ctx<'_>) -> Verdict {
         ensure_eq!(void.read(offset), !0, "what L1 reads after it");
     }
     Ok(())
+}
+
+/// The registers of the local APIC would hide what is in memory there: nvmx does not let them move.
+fn local_apic(ctx: &mut Ctx<'_>) -> Verdict {
+    let void = Void::find(ctx)?;
+    let base = vmx::rdmsr(msr::APIC_BASE);
+    let flags = base & (PAGE - 1);
+    // SAFETY: nothing lies there but what is no RAM, and the registers go back at once.
+    let result = catch(|| unsafe { vmx::wrmsr(msr::APIC_BASE, void.start | flags) });
+    if result.is_ok() {
+        // SAFETY: where they were before.
+        unsafe { vmx::wrmsr(msr::APIC_BASE, base) };
+    }
+    let fault = result.err().map(|fault| (fault.vector, fault.error_code));
+    let expected = void.guarded.then_some((u64::from(vector::GP), 0));
+    ensure_eq!(fault, expected, "fault of moving the local APIC to {:#x}", void.start);
+    ensure_eq!(vmx::rdmsr(msr::APIC_BASE), base, "IA32_APIC_BASE");
+    ensure_eq!(void.read(0x20), !0, "what L1 reads there");
+    let vmx = Vmx::on(ctx)?;
+    goes_on(ctx, &vmx)
 }
 
 fn vmxon(ctx: &mut Ctx<'_>) -> Verdict {
