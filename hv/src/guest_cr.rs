@@ -11,6 +11,7 @@ use nvmx::paging::{CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, CR4_VMXE, EFER_LMA};
 use vmx_defs::exit::CrAccess;
 use vmx_defs::{EntryCtls, Field, L1Gpa};
 
+use crate::guest_msr::HIDDEN_XCR0;
 use crate::host::Host;
 use crate::msr;
 use crate::vcpu::VPID01;
@@ -200,8 +201,9 @@ fn load_pdptes(host: &mut Host) -> HostResult<bool> {
 
 /// XSETBV of L1: only XCR0 exists, and the processor checks the value as L1's.
 pub(crate) fn xsetbv(register: u32, value: u64) -> Result<(), Fault> {
-    // XCR0 bit 0 (x87) is always set; the rest of the checks is the instruction's own.
-    if register != 0 || value & 1 == 0 {
+    // XCR0 bit 0 (x87) is always set, what is hidden never; the rest of the checks is the
+    // instruction's own.
+    if register != 0 || value & 1 == 0 || value & HIDDEN_XCR0 != 0 {
         return Err(GP);
     }
     msr::try_xsetbv(register, value).map_err(|msr::MsrFault| GP)

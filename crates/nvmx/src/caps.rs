@@ -113,11 +113,12 @@ mod policy {
         .union(EptVpidCap::INVVPID_RETAIN_GLOBALS);
 
     /// CR4 bits that no state hangs on which the engine would have to switch: VME to OSXMMEXCPT
-    /// (10:0), UMIP, VMXE, FSGSBASE, PCIDE, OSXSAVE, SMEP, SMAP and PKE. LA57 is added where the
-    /// linear-address width says so. SMXE, CET, UINTR and PKS are not there: SMX is hidden, and the
+    /// (10:0), UMIP, VMXE, FSGSBASE, PCIDE, OSXSAVE, SMEP and SMAP. LA57 is added where the
+    /// linear-address width says so. SMXE, PKE, CET, UINTR, LASS and PKS are not there: SMX is
+    /// hidden, the walk of L1's page tables ([`crate::paging`]) knows neither keys nor LASS, and the
     /// others come with VMCS state that is not offered.
     pub(super) const CR4: u64 =
-        0x7ff | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17 | 1 << 18 | 1 << 20 | 1 << 21 | 1 << 22;
+        0x7ff | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17 | 1 << 18 | 1 << 20 | 1 << 21;
 }
 
 /// CR4.LA57.
@@ -646,7 +647,8 @@ pub(crate) mod tests {
         assert!(!caps.misc.activity_wait_sipi() && !caps.misc.pt_in_vmx());
         assert!(!caps.basic.dual_monitor());
         assert_eq!(REVISION >> 31, 0);
-        assert_eq!(caps.cr4_fixed1 & (1 << 14 | 1 << 23 | 1 << 12), 0, "SMXE, CET, LA57");
+        let hidden = 1 << 12 | 1 << 14 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 25 | 1 << 27;
+        assert_eq!(caps.cr4_fixed1 & hidden, 0, "LA57, SMXE, PKE, CET, PKS, UINTR, LASS");
     }
 
     #[test]
