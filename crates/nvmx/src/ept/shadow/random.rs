@@ -345,8 +345,8 @@ fn access(bed: &mut Bed, oracle: &mut Oracle, processor: usize, gpa: u64, access
     }
 }
 
-fn run(frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec<Op>) {
-    let mut bed = Bed::with(frames, 4, PROCESSORS);
+fn run(processors: usize, frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec<Op>) {
+    let mut bed = Bed::with(frames, 4, processors);
     bed.host.ram.leaf_shift = leaf_shift;
     bed.host.ram.hidden.push(HIDDEN..HIDDEN + 0x1000);
     for (number, entry) in start.into_iter().enumerate() {
@@ -359,21 +359,26 @@ fn run(frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec<Op>) {
         match op {
             Op::Edit { page, index, entry } => bed.put(TABLES + 0x1000 * page, index, entry),
             Op::Switch { processor, eptp } => {
+                let processor = processor % processors;
                 acting = processor;
                 switch(&mut bed, &mut oracle, processor, eptps()[eptp]);
             }
             Op::Reload { processor, eptp } => {
+                let processor = processor % processors;
                 acting = processor;
                 bed.shadow.drop_all(&mut bed.host, processor).unwrap();
+                oracle.run(processor, None);
                 switch(&mut bed, &mut oracle, processor, eptps()[eptp]);
             }
             Op::Access { processor, gpa, kind, walk } => {
+                let processor = processor % processors;
                 acting = processor;
                 let kind = EptViolation::from(1 << kind);
                 let kind = if walk && !kind.fetch() { kind.with_linear_valid(true) } else { kind };
                 access(&mut bed, &mut oracle, processor, gpa, kind);
             }
             Op::InvEpt { processor, eptp } => {
+                let processor = processor % processors;
                 acting = processor;
                 bed.shadow.leave(processor);
                 oracle.run(processor, None);
@@ -391,7 +396,7 @@ fn run(frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec<Op>) {
         oracle.check_translations(&mut bed);
         oracle.tick();
     }
-    for processor in 0..PROCESSORS {
+    for processor in 0..processors {
         bed.shadow.leave(processor);
     }
     bed.shadow.drop_all(&mut bed.host, 0).unwrap();
@@ -413,22 +418,24 @@ impl Shadow {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 
     #[test]
     fn translations_are_what_a_tlb_might_hold(
         leaf_shift in prop_oneof![Just(12u8), Just(21)],
+        processors in 1..=PROCESSORS,
         start in proptest::collection::vec(entry(), PAGES as usize * INDEXES.len()),
         ops in proptest::collection::vec(op(), 1..60),
     ) {
-        run(96, leaf_shift, start, ops);
+        run(processors, 96, leaf_shift, start, ops);
     }
 
     #[test]
     fn so_they_are_where_frames_are_short(
+        processors in 1..=PROCESSORS,
         start in proptest::collection::vec(entry(), PAGES as usize * INDEXES.len()),
         ops in proptest::collection::vec(op(), 1..60),
     ) {
-        run(16, 21, start, ops);
+        run(processors, 16, 21, start, ops);
     }
 }

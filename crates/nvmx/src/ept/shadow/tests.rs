@@ -798,6 +798,24 @@ fn a_reflected_violation_forgets_the_whole_way_down() {
 }
 
 #[test]
+fn a_table_that_another_processor_linked_into_a_root_is_composed_anew_there() {
+    let mut bed = Bed::new();
+    bed.host.ram.leaf_shift = 21;
+    let first = bed.eptp(false);
+    bed.map(first, 0, 2, RWX | WB);
+    bed.switch(0, first);
+    bed.filled(0, 0x5000, READ);
+    // A second root comes to share the tables, on processor 0 only.
+    let second = first.with_memory_type(memory_type::UC);
+    bed.switch(0, second);
+    bed.filled(0, 0x5000, READ);
+    // Processor 1 has never run on this EP4TA: it can have nothing cached.
+    bed.map(first, 0, 2, 0x20_0000 | RWX | WB);
+    let root = bed.switch(1, second);
+    assert!(bed.look(root, 0x5000).is_none_or(|mapped| mapped.hpa == real(0x20_5000)));
+}
+
+#[test]
 fn roots_are_reclaimed_oldest_first_and_never_one_that_runs() {
     let mut bed = Bed::with(256, 4, 2);
     let eptps: Vec<_> = (0..6).map(|_| bed.eptp(false)).collect();

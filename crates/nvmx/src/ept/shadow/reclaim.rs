@@ -1,0 +1,99 @@
+//! Which roots and tables go when frames are short?
+
+use super::super::compose::EMPTY;
+use super::super::pool::{bits, mix};
+use super::{RootId, Shadow};
+use crate::host::{Host, HostResult};
+
+impl Shadow {
+    /// Makes sure that `count` frames can be taken, by giving up what was least recently used.
+    /// `false` where all frames wait for another processor.
+    pub(super) fn reserve(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        count: usize,
+    ) -> HostResult<bool> {
+        if self.pool.available() >= count {
+            return Ok(true);
+        }
+        self.reclaim(host, processor, count)
+    }
+
+    #[cold]
+    fn reclaim(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        count: usize,
+    ) -> HostResult<bool> {
+        // An eighth of the pool at a time, so that the flush is paid for by many fills.
+        let goal = count.max(self.pool.capacity() / 8);
+        while self.pool.available() + self.pool.waiting() < goal && self.drop_oldest(host) {}
+        if self.pool.available() + self.pool.waiting() < count {
+            // Only the roots that run are left: empty them. Their processors fill them again.
+            for number in 0..self.processors.len() {
+                let Some(root) = self.current(number) else { continue };
+                let live = self.pool.get(root.table).map_or([0; 8], |table| table.live);
+                for at in bits(live) {
+                    self.set(host, root.table, at, 4, EMPTY);
+                }
+            }
+        }
+        self.pool.ask_flush();
+        self.flush_if_asked(host, processor)?;
+        self.collect();
+        Ok(self.pool.available() >= count)
+    }
+
+    fn collect(&mut self) {
+        let running = self.processors.iter().filter(|processor| processor.root.is_some());
+        let oldest = running.map(|processor| processor.epoch).min();
+        self.pool.collect(oldest.unwrap_or(self.pool.epoch()));
+    }
+
+    /// Gives up the least recently used root that no processor runs on; `false` if there is none.
+    pub(super) fn drop_oldest(&mut self, host: &mut impl Host) -> bool {
+        let running = |id| self.processors.iter().any(|processor| processor.root == Some(id));
+        let oldest = self
+            .roots
+            .iter()
+            .enumerate()
+            .filter_map(|(number, root)| root.map(|root| (RootId(number as u32), root.used)))
+            .filter(|(id, _)| !running(*id))
+            .min_by_key(|(_, used)| *used);
+        match oldest {
+            Some((id, _)) => {
+                self.drop_root(host, id);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn drop_root(&mut self, host: &mut impl Host, id: RootId) {
+        let Some(root) = self.roots.get_mut(id.0 as usize).and_then(Option::take) else { return };
+        let hash = mix(root.eptp12.into_bits());
+        if let Ok(entry) = self.root_index.find_entry(hash, |other| *other == id.0) {
+            entry.remove();
+        }
+        self.free_roots.push(id.0);
+        self.release(host, root.table);
+        self.counters.roots_dropped += 1;
+    }
+
+    /// Gives up every root that no other processor runs on, this processor's too, as a hypervisor
+    /// without a root cache does at each change of EPTP. [`Self::switch`] must follow before L2
+    /// runs again.
+    ///
+    /// # Errors
+    /// [`HostError::InvEpt`].
+    pub fn drop_all(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
+        self.leave(processor);
+        while self.drop_oldest(host) {}
+        self.pool.ask_flush();
+        self.flush_if_asked(host, processor)?;
+        self.collect();
+        Ok(())
+    }
+}
