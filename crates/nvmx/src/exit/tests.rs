@@ -519,6 +519,37 @@ fn a_write_to_what_l0_hides_is_gp_in_l2() {
 }
 
 #[test]
+fn an_apic_access_page_in_hidden_memory_exits_as_one_elsewhere_would() {
+    let apic = ProcCtls2::VIRTUALIZE_APIC_ACCESSES.bits();
+    // Reads, writes, fetches, by linear address (bits 8:7) or not, and during event delivery.
+    for (access, delivery, expected) in [
+        (2 | 0x180, false, 1 << 12),
+        (2 | 0x180, true, 3 << 12),
+        (4 | 0x180, false, 2 << 12),
+        (2, false, 15 << 12),
+        (2 | 0x80, false, 15 << 12),
+        (2, true, 10 << 12),
+    ] {
+        let mut rig =
+            running_with(&[control(Field::PROC_CTLS2, apic, 0), (Field::APIC_ACCESS_ADDR, HIDDEN)]);
+        rig.host.ram.hidden.push(HIDDEN..HIDDEN + 0x2000);
+        rig.map(EPT, 0x5000, HIDDEN, RWX);
+        rig.map(EPT, 0x6000, HIDDEN + 0x1000, RWX);
+        // A neighbour is hidden memory like any.
+        assert_eq!(rig.violation(0, 0x6080, access), End::Entered);
+        assert!(injected(&rig).is_some());
+        let event = IntrInfo::new().with_vector(0x30).with_valid(delivery);
+        set_l2(&mut rig, Field::IDT_VECTORING_INFO, u32::from(event).into());
+        assert_eq!(rig.violation(0, 0x5080, access), End::Exited);
+        assert_eq!(rig.vmread(0, Field::EXIT_REASON), ExitReason::APIC_ACCESS.bits().into());
+        let told = rig.vmread(0, Field::EXIT_QUALIFICATION);
+        assert_eq!(told & !0xfff, expected, "{access:#x}");
+        // The offset is undefined for guest-physical accesses.
+        assert!(expected >= 10 << 12 || told & 0xfff == 0x80);
+    }
+}
+
+#[test]
 fn l2_reads_ones_where_l0_hides() {
     let mut rig = Rig::running();
     rig.host.ram.hidden.push(HIDDEN..HIDDEN + 0x1000);
