@@ -20,6 +20,7 @@ use crate::guest_cpuid::{self, Mirrored};
 use crate::guest_cr;
 use crate::processor::Processor;
 use crate::say;
+use crate::smp;
 use crate::vcpu::Vcpu;
 use crate::world;
 
@@ -122,7 +123,11 @@ impl Vcpu {
     fn conclude(&mut self, handled: Handled) -> HostResult {
         match handled {
             Handled::Enter => Ok(()),
-            Handled::Shutdown => self.end(ExitReason::TRIPLE_FAULT, "L1 shut down"),
+            // The guest state says so: the processor waits for INIT, the others go on.
+            Handled::Shutdown if self.host.machine.is_smp && smp::can_shut_down() => Ok(()),
+            Handled::Shutdown => {
+                self.end(ExitReason::TRIPLE_FAULT, "L1's only processor shut down by a VMX abort")
+            }
             Handled::NotMine => {
                 let reason = self.host.vmread(Field::EXIT_REASON)? as u32;
                 self.end(ExitReason::from_bits(reason), "nobody handles an exit")

@@ -10,6 +10,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use arrayvec::ArrayVec;
 use spin::Mutex;
+use vmx_defs::msr::{VMX_MISC, VmxMisc};
 use x86_64::instructions::port::Port;
 
 use crate::apic::LocalApic;
@@ -283,8 +284,12 @@ pub(crate) fn signature() -> u64 {
     u64::from(core::arch::x86_64::__cpuid(1).eax)
 }
 
-/// Whether the hardware can wait for a startup interrupt in a guest (IA32_VMX_MISC).
+/// Whether a guest can wait for a startup interrupt.
 pub(crate) fn can_wait() -> bool {
-    use vmx_defs::msr::{VMX_MISC, VmxMisc};
     VmxMisc::from(msr::read(VMX_MISC)).activity_wait_sipi()
+}
+
+/// Whether a guest can be in shutdown.
+pub(crate) fn can_shut_down() -> bool {
+    VmxMisc::from(msr::read(VMX_MISC)).activity_shutdown()
 }

@@ -355,3 +355,6 @@ fn is_plain_control(field: Field) -> bool {
             | Field::PLE_WINDOW
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -234,6 +234,16 @@ impl Rig {
     /// An instruction of L1 with its memory operand at [`OPERAND`], and RAX and RBX as its register
     /// operands.
     pub fn exec(&mut self, cpu: usize, reason: ExitReason, register: bool) -> End {
+        self.start(cpu, reason, register);
+        let handled = self
+            .nested
+            .l1_exit(&mut self.cpus[cpu], &mut self.host, &mut self.gprs, reason)
+            .unwrap();
+        self.end(cpu, handled)
+    }
+
+    /// L1 meets an instruction: its exit, not yet handled.
+    pub fn start(&mut self, cpu: usize, reason: ExitReason, register: bool) {
         assert!(!self.cpus[cpu].runs_l2(), "L1 does not run");
         self.host.current = vmcs01(cpu);
         let info = InstructionInfo::new()
@@ -255,11 +265,6 @@ impl Rig {
         ] {
             self.host.set(field, value);
         }
-        let handled = self
-            .nested
-            .l1_exit(&mut self.cpus[cpu], &mut self.host, &mut self.gprs, reason)
-            .unwrap();
-        self.end(cpu, handled)
     }
 
     /// What became of L1.

@@ -198,7 +198,7 @@ pub(super) fn eptp(page: u64, accessed_dirty: bool) -> Eptp {
 impl Shadow {
     /// Checks what must hold between any two calls: each table is found by its key, referred to as
     /// often as it says, marks what it holds, and no frame is lost.
-    pub(super) fn check(&self, host: &TestHost) {
+    pub(crate) fn check(&self, host: &TestHost) {
         let mut references = alloc::vec![0; self.pool.capacity()];
         for root in self.roots.iter().flatten() {
             references[root.table.0 as usize] += 1;
