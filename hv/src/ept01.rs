@@ -3,7 +3,10 @@
 //!
 //! The tables are built at once, with the largest pages that types and L0's borders allow. When L1
 //! changes an MTRR a second set is built and then put under the same root, so that a processor never
-//! walks a table that changes under it, and the EPT pointer is always the same.
+//! walks a table that changes under it, and the EPT pointer is always the same. A set is filled anew
+//! only once no processor can have cached anything of it ([`generation`]).
+
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use vmx_defs::ept::memory_type::{UC, WB, is_valid};
 use vmx_defs::{EptPermissions, Eptp, Hpa, L1Gpa};
@@ -27,6 +30,14 @@ const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8;
 /// bits; without 1G pages a directory is needed for each GiB, which is bounded to 512 GiB.
 pub(crate) const fn greatest_width(has_1g_pages: bool) -> u8 {
     if has_1g_pages { 48 } else { 39 }
+}
+
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+/// Counts the sets that were put under the root. A processor that has executed INVEPT since it saw
+/// this number walks the current set only, or a later one.
+pub(crate) fn generation() -> u32 {
+    GENERATION.load(Ordering::Acquire)
 }
 
 /// One of the two sets of tables.
@@ -125,14 +136,21 @@ impl Ept01 {
         Eptp::from(self.root | u64::from(WB) | 3 << 3)
     }
 
-    /// Reads the MTRRs again. Returns whether the tables changed, so that INVEPT is due.
-    pub(crate) fn follow_mtrrs(&mut self) -> bool {
+    /// Reads the MTRRs again, and builds the tables anew if they have changed. Returns `false`
+    /// where that has to wait, since `is_known` denies that all other processors have executed
+    /// INVEPT since this generation began: one may still walk the set that would be filled.
+    pub(crate) fn follow_mtrrs(&mut self, is_known: impl FnOnce(u32) -> bool) -> bool {
         let mtrrs = Mtrrs::read(self.width);
         if mtrrs == self.mtrrs {
+            return true;
+        }
+        if !is_known(generation()) {
             return false;
         }
         self.mtrrs = mtrrs;
         self.build();
+        // The tables are complete before anyone sees the number.
+        GENERATION.fetch_add(1, Ordering::AcqRel);
         true
     }
 

@@ -16,6 +16,7 @@ use vmx_defs::{ExitReason, Field, ProcCtls2};
 use crate::apic::{self, PageWrite};
 use crate::console::fail;
 use crate::counters::Level;
+use crate::ept01;
 use crate::guest_cpuid::{self, Mirrored};
 use crate::guest_cr;
 use crate::processor::Processor;
@@ -67,8 +68,13 @@ impl Vcpu {
             world::Event::Retry => {}
             world::Event::EntryFailed => self.entry_failed()?,
         }
-        if core::mem::take(&mut self.host.memory_types_changed) {
-            self.follow_memory_types()?;
+        if self.host.memory_types_changed {
+            self.follow_memory_types();
+        }
+        let generation = ept01::generation();
+        if self.processor.knows() != generation {
+            self.host.invept(InvEpt::All)?;
+            self.processor.set_knows(generation);
         }
         self.processor.begin_looking();
         if self.processor.reset_requested() && !self.engine.runs_l2() {
@@ -331,12 +337,11 @@ impl Vcpu {
         }
     }
 
-    /// EPT01's leaves carry the memory types of the MTRRs, which L1 has changed.
-    fn follow_memory_types(&mut self) -> HostResult {
-        // Another processor may have changed the same MTRR before, and the tables with it: flush in
-        // any case.
-        self.host.machine.ept01.lock().follow_mtrrs();
-        self.host.invept(InvEpt::All)
+    /// EPT01's leaves carry the memory types of the MTRRs, which L1 has changed. Where another
+    /// processor has not exited since the last change, they follow at a later exit of this one.
+    fn follow_memory_types(&mut self) {
+        let is_known = |generation| smp::all_know(self.processor, generation);
+        self.host.memory_types_changed = !self.host.machine.ept01.lock().follow_mtrrs(is_known);
     }
 
     /// An NMI that came while L0 ran was L1's.

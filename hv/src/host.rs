@@ -24,7 +24,7 @@ pub(crate) struct Host {
     pub(crate) machine: &'static Machine,
     /// What L1 last wrote to IA32_APIC_BASE.
     pub(crate) apic_base: u64,
-    /// L1 wrote an MTRR: EPT01 is to follow before L1 goes on.
+    /// L1 wrote an MTRR: EPT01 is to follow.
     pub(crate) memory_types_changed: bool,
 }
 

@@ -36,6 +36,7 @@ pub const CASES: &[Case] = &[
     Case { name: "environment.msr.efer", run: efer },
     Case { name: "environment.msr.pat", run: pat },
     Case { name: "environment.msr.apic_base", run: apic_base },
+    Case { name: "environment.msr.mtrr", run: mtrr },
     Case { name: "environment.msr.not_canonical", run: not_canonical },
     Case { name: "environment.debug_registers", run: debug_registers },
     Case { name: "environment.single_step.cpuid", run: single_step },
@@ -299,6 +300,42 @@ fn apic_base(_: &mut Ctx<'_>) -> Verdict {
         ensure_eq!(gp(write_msr(msr::APIC_BASE, bits)), GP, "fault of writing {bits:#x}");
     }
     ensure_eq!(rdmsr(msr::APIC_BASE), value, "IA32_APIC_BASE");
+    Ok(())
+}
+
+/// A memory type of its own for a page, in a variable range, on and off: memory stays what it is.
+fn mtrr(ctx: &mut Ctx<'_>) -> Verdict {
+    const CAPABILITIES: u32 = 0xFE;
+    const FIRST: u32 = 0x200;
+    const VALID: u64 = 1 << 11;
+    const WRITE_THROUGH: u64 = 4;
+    if __cpuid(1).edx & 1 << 12 == 0 {
+        skip!("no MTRRs");
+    }
+    let count = rdmsr(CAPABILITIES) as u32 & 0xFF;
+    let Some(mask) = (0..count).map(|n| FIRST + 2 * n + 1).find(|mask| rdmsr(*mask) & VALID == 0)
+    else {
+        skip!("no free variable range");
+    };
+    let (base, page) = (mask - 1, ctx.arena.page());
+    let before = (rdmsr(base), rdmsr(mask));
+    let all = (1_u64 << (__cpuid(0x8000_0008).eax & 0xFF)) - 1;
+    let range = (page.address() | WRITE_THROUGH, all & !0xFFF | VALID);
+    for round in 0..4 {
+        page.write(0, round);
+        ensure_eq!(write_msr(base, range.0), Ok(()), "write of the base");
+        ensure_eq!(write_msr(mask, range.1), Ok(()), "write of the mask");
+        ensure_eq!((rdmsr(base), rdmsr(mask)), range, "the variable range");
+        ensure_eq!(page.read(0), round, "the page with a type of its own");
+        page.write(1, round);
+        ensure_eq!(write_msr(mask, before.1), Ok(()), "write of the old mask");
+        ensure_eq!(write_msr(base, before.0), Ok(()), "write of the old base");
+        ensure_eq!((page.read(0), page.read(1)), (round, round), "the page after it");
+    }
+    ensure_eq!(gp(write_msr(base, page.address() | 2)), GP, "fault of a reserved type");
+    ensure_eq!(gp(write_msr(mask, 1 << 10)), GP, "fault of a reserved bit of the mask");
+    ensure_eq!(gp(write_msr(CAPABILITIES, 0)), GP, "fault of a write to IA32_MTRRCAP");
+    ensure_eq!((rdmsr(base), rdmsr(mask)), before, "the variable range at the end");
     Ok(())
 }
 
