@@ -87,7 +87,7 @@ impl Shadow {
     /// runs again.
     ///
     /// # Errors
-    /// [`HostError::InvEpt`].
+    /// [`crate::HostError::InvEpt`].
     pub fn drop_all(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
         self.leave(processor);
         while self.drop_oldest(host) {}
