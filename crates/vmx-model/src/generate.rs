@@ -27,9 +27,22 @@ pub struct Profile {
     pub ve: bool,
     /// Guests without EPT, too.
     pub without_ept: bool,
-    /// Every edit of a table is followed by an invalidation on every processor that is enough for
-    /// it, so that no stale mapping is ever used and all policies give the same trace.
-    pub invalidate: bool,
+    /// What follows an edit of a table.
+    pub invalidation: Invalidation,
+}
+
+/// What L1 does about mappings that an edit has made stale.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Invalidation {
+    /// Something, now and then, which may or may not be what is due: stale mappings are used.
+    Careless,
+    /// Everything is invalidated on every processor: no stale mapping is used, and all policies give
+    /// the same trace.
+    Everything,
+    /// What the SDM asks for and little more, on every processor, by one of the operations that
+    /// suffice: again no stale mapping is used. This is what finds an operation that invalidates too
+    /// little.
+    Sufficient,
 }
 
 impl Default for Profile {
@@ -40,7 +53,7 @@ impl Default for Profile {
             wild: false,
             ve: true,
             without_ept: true,
-            invalidate: false,
+            invalidation: Invalidation::Careless,
         }
     }
 }
@@ -94,6 +107,19 @@ fn setup(rng: &mut Rng, profile: &Profile) -> Setup {
         ve: profile.ve && rng.one_in(3),
         suppress_ve: rng.one_in(2),
     }
+}
+
+/// What an action has changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Changed {
+    /// An entry of an EPT structure.
+    Ept,
+    /// An entry of the EPTP list, which is not cached.
+    List,
+    /// What the linear addresses of guests mean.
+    Guest,
+    /// What this linear address of L1 means.
+    L1(u64),
 }
 
 struct Generator<'a> {
@@ -215,14 +241,15 @@ impl Generator<'_> {
         };
         self.push(processor, Action::Guest(operation));
         // Global translations outlive a change of CR3.
-        if self.profile.invalidate && matches!(operation, Operation::MovToCr { .. }) {
-            self.invalidate_everywhere(processor);
+        if matches!(operation, Operation::MovToCr { .. }) {
+            self.after_change(processor, Changed::Guest);
         }
     }
 
     /// A word that translation depends on gets another value, and perhaps an invalidation follows.
     fn edit(&mut self, processor: usize) {
         let view = self.rng.below(VIEWS as u64) as usize;
+        let mut changed = Changed::Ept;
         let (at, value) = match self.rng.below(12) {
             0..=4 => {
                 let number = self.rng.below(DATA_PAGES);
@@ -254,28 +281,99 @@ impl Generator<'_> {
             }
             8 => {
                 // Two EPTPs that differ in this flag alone share what is cached.
-                let other = !self.profile.invalidate && self.rng.one_in(2);
+                let other = !self.is_exact() && self.rng.one_in(2);
                 let flags = self.setup.accessed_dirty[view] ^ other;
+                changed = Changed::List;
                 let at = layout::EPTP_LIST + 8 * self.rng.below(8);
                 (at, layout::eptp(view, flags))
             }
             9 | 10 => {
                 let table = self.rng.pick(&[guest::LONG + 3, guest::LONG_2 + 3, guest::PAE + 2]);
                 let at = layout::guest_structure(table) + 8 * (DATA + self.rng.below(DATA_PAGES));
+                changed = Changed::Guest;
                 (at, self.guest_entry())
             }
             _ => {
                 let number = self.rng.below(4);
                 let at = layout::L1_WINDOW_PT + 8 * number;
+                changed = Changed::L1(layout::L1_WINDOW + (number << 12));
                 (at, (layout::L1_DATA + (self.rng.below(8) << 12)) | 3)
             }
         };
         self.push(processor, Action::Write { at, value });
-        if self.profile.invalidate {
-            self.invalidate_everywhere(processor);
+        if self.is_exact() {
+            self.after_change(processor, changed);
         } else if self.rng.one_in(2) {
             self.invalidate(processor, view);
         }
+    }
+
+    fn is_exact(&self) -> bool {
+        self.profile.invalidation != Invalidation::Careless
+    }
+
+    /// Sees to it that nothing stale is left of what changed, where the profile says so.
+    fn after_change(&mut self, processor: usize, changed: Changed) {
+        match self.profile.invalidation {
+            Invalidation::Careless => {}
+            Invalidation::Everything => self.invalidate_everywhere(processor),
+            Invalidation::Sufficient => {
+                for processor in self.from(processor) {
+                    self.invalidate_enough(processor, changed);
+                }
+            }
+        }
+    }
+
+    /// All processors, the current one first.
+    fn from(&self, processor: usize) -> Vec<usize> {
+        let others = (0..self.setup.processors).filter(|other| *other != processor);
+        std::iter::once(processor).chain(others).collect()
+    }
+
+    /// One of the ways to leave nothing stale on a processor.
+    fn invalidate_enough(&mut self, processor: usize, changed: Changed) {
+        match changed {
+            Changed::List => {}
+            Changed::Ept if self.rng.one_in(2) => {
+                self.push(processor, Action::Invept { kind: 2, eptp: 0 });
+            }
+            Changed::Ept => {
+                // Views share tables. Any EPTP with the same EP4TA will do.
+                let first = self.rng.below(VIEWS as u64) as usize;
+                for view in (0..VIEWS).map(|number| (first + number) % VIEWS) {
+                    let eptp = layout::eptp(view, self.rng.one_in(2));
+                    self.push(processor, Action::Invept { kind: 1, eptp });
+                }
+            }
+            // VPID 0000H, which INVVPID does not reach, goes at each transition.
+            Changed::Guest => match self.rng.below(3) {
+                0 => {
+                    let action = Action::Invvpid { kind: 2, vpid: 0, address: 0 };
+                    self.push(processor, action);
+                }
+                _ => {
+                    for vpid in [1, 2] {
+                        let action = Action::Invvpid { kind: 1, vpid, address: 0 };
+                        self.push(processor, action);
+                    }
+                }
+            },
+            Changed::L1(at) => {
+                let operation = if self.rng.one_in(2) {
+                    Operation::Invlpg { at }
+                } else {
+                    Operation::MovToCr { register: 3, value: layout::L1_CR3 }
+                };
+                self.push(processor, Action::L1(operation));
+            }
+        }
+    }
+
+    /// Whether no two guests ever have the same VPID.
+    fn apart(&self) -> bool {
+        let [first, second] = &self.setup.vms;
+        first.vpid != second.vpid && self.profile.invalidation == Invalidation::Sufficient
     }
 
     fn ept_entry(&mut self, frame: u64, full: u64) -> u64 {
@@ -325,8 +423,7 @@ impl Generator<'_> {
     /// Nothing stale is left on any processor: INVEPT of all contexts, INVVPID of all, and for L1's
     /// own mappings MOV to CR3. VPID 0000H, which INVVPID does not reach, goes at the next VM entry.
     fn invalidate_everywhere(&mut self, processor: usize) {
-        let others = (0..self.setup.processors).filter(|other| *other != processor);
-        for processor in std::iter::once(processor).chain(others) {
+        for processor in self.from(processor) {
             self.push(processor, Action::Invept { kind: 2, eptp: 0 });
             self.push(processor, Action::Invvpid { kind: 2, vpid: 0, address: 0 });
             let reload = Operation::MovToCr { register: 3, value: layout::L1_CR3 };
@@ -349,7 +446,7 @@ impl Generator<'_> {
                 self.vm = self.rng.below(2) as usize;
                 Action::Switch(self.vm)
             }
-            6 => Action::SetField(Field::VPID, 1 + self.rng.below(2)),
+            6 if !self.apart() => Action::SetField(Field::VPID, 1 + self.rng.below(2)),
             7 => Action::Clear,
             8 => Action::L1(Operation::MovToCr { register: 3, value: layout::L1_CR3 }),
             _ => {
@@ -358,9 +455,9 @@ impl Generator<'_> {
             }
         };
         self.push(processor, action);
-        // Two guests, and two VPIDs, may come to share what is cached.
-        if self.profile.invalidate {
-            self.invalidate_everywhere(processor);
+        // Two guests may come to share a VPID.
+        if matches!(action, Action::Switch(_) | Action::SetField(Field::VPID, _)) && !self.apart() {
+            self.after_change(processor, Changed::Guest);
         }
     }
 

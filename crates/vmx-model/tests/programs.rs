@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use vmx_model::generate::{Profile, generate, shrink};
+use vmx_model::generate::{Invalidation, Profile, generate, shrink};
 use vmx_model::{Action, Machine, ModelCaps, Operation, Program, Retention, Trace, layout, run};
 
 fn trace(program: &Program, retention: Retention) -> Trace {
@@ -37,18 +37,23 @@ fn wild_programs_end() {
 /// with the wrong tags.
 #[test]
 fn a_program_that_invalidates_enough_sees_no_caches() {
-    let profile = Profile { processors: 2, invalidate: true, ..Profile::default() };
-    for seed in 0..2000 {
-        let program = generate(seed, &profile);
-        let plain = trace(&program, Retention::Nothing);
-        for retention in [Retention::Everything, Retention::Random(seed)] {
-            let differs = |program: &Program| {
-                trace(program, Retention::Nothing).difference(&trace(program, retention)).is_some()
-            };
-            if plain.difference(&trace(&program, retention)).is_some() {
-                let small = shrink(&program, differs);
-                let (a, b) = (trace(&small, Retention::Nothing), trace(&small, retention));
-                panic!("seed {seed}, {retention:?}\n{small:#x?}\n{:#x?}", a.difference(&b));
+    for invalidation in [Invalidation::Everything, Invalidation::Sufficient] {
+        let profile = Profile { processors: 2, invalidation, ..Profile::default() };
+        for seed in 0..1500 {
+            let program = generate(seed, &profile);
+            let plain = trace(&program, Retention::Nothing);
+            for retention in [Retention::Everything, Retention::Random(seed)] {
+                let differs = |program: &Program| {
+                    trace(program, Retention::Nothing)
+                        .difference(&trace(program, retention))
+                        .is_some()
+                };
+                if plain.difference(&trace(&program, retention)).is_some() {
+                    let small = shrink(&program, differs);
+                    let (a, b) = (trace(&small, Retention::Nothing), trace(&small, retention));
+                    let difference = a.difference(&b);
+                    panic!("seed {seed}, {retention:?}\n{small:#x?}\n{difference:#x?}");
+                }
             }
         }
     }
