@@ -65,7 +65,7 @@ impl Processor {
         }
         let info = injection.with_reserved(0);
         let external = !matches!(info.kind(), kind::SOFTWARE_INTERRUPT | kind::SOFTWARE_EXCEPTION);
-        let event = Event { info, error_code, length, external };
+        let event = Event { info, error_code, length, external, injected: true };
         Ok(match self.deliver_or_resolve(memory, event) {
             Outcome::Delivered(delivered) => {
                 if event.is_software() {

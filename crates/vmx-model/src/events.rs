@@ -4,8 +4,9 @@
 //! SDM Vol. 3A, "Interrupt and Exception Handling"; Vol. 3C, "Changes to Instruction Behavior in VMX
 //! Non-Root Operation", "Virtualization Exceptions" and "Information for VM Exits That Occur During
 //! Event Delivery". Delivery reads the gate and the TSS and pushes the frame; the handler is taken
-//! to return at once, so that RIP, RSP and the flags stay (see the module on processors). Code
-//! segment descriptors are not read.
+//! to return at once, and the interrupted instruction with RF set to have been executed, so that RIP,
+//! RSP and the other flags stay (see the module on processors). Code segment descriptors are not
+//! read.
 
 use vmx_defs::controls::{PinCtls, ProcCtls, ProcCtls2};
 use vmx_defs::event::{Interruptibility, activity, kind, vector};
@@ -153,6 +154,7 @@ impl Processor {
             self.deliver_protected(memory, event)?;
         }
         self.delivering = None;
+        self.regs.rflags &= !rflags::RF;
         self.blocking = Interruptibility::empty();
         self.activity = activity::ACTIVE;
         if nmi {
@@ -218,7 +220,7 @@ impl Processor {
         let frame = [
             (inner || long).then_some(selectors[segment::SS]),
             (inner || long).then_some(rsp),
-            Some(self.regs.rflags),
+            Some(event.flags(self.regs.rflags)),
             Some(selectors[segment::CS]),
             Some(rip),
             event.info.has_error_code().then_some(event.error_code.into()),
@@ -240,7 +242,7 @@ impl Processor {
         self.read_linear(memory, base, 4, Access::SYSTEM_READ)?;
         let mut pointer = self.regs.gprs[gpr::RSP];
         let cs = u64::from(self.regs.segments[segment::CS].selector);
-        for value in [self.regs.rflags, cs, self.return_address(&event)] {
+        for value in [event.flags(self.regs.rflags), cs, self.return_address(&event)] {
             pointer = pointer.wrapping_sub(2) & 0xffff;
             let stack = self.regs.segments[segment::SS].base.wrapping_add(pointer);
             self.write_linear(memory, stack, 2, value, Access::PUSH)?;

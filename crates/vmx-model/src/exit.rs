@@ -12,7 +12,7 @@ use crate::memory::Memory;
 use crate::paging::is_valid_pdpte;
 use crate::processor::{Outcome, Processor, VmxMode};
 use crate::registers::{DescriptorTable, Segment, cr0, cr4, efer, gpr, rflags, segment};
-use crate::stop::ExitInfo;
+use crate::stop::{Event, ExitInfo};
 use crate::vmcs::{ABORT_INDICATOR, Vmcs};
 
 /// Why a VM exit could not be completed (SDM Vol. 3C, "VMX Aborts").
@@ -78,6 +78,7 @@ impl Processor {
         // The event was injected once.
         let injection = vmcs.get(Field::ENTRY_INTR_INFO) & 0x7fff_ffff;
         vmcs.set(Field::ENTRY_INTR_INFO, injection);
+        self.regs.rflags = self.saved_flags(&info, vectoring.as_ref());
         self.save_guest(&mut vmcs, virtual_nmis);
         let stored = self.store_msrs(memory, &vmcs);
         if nmi_exit {
@@ -139,6 +140,21 @@ impl Processor {
     pub(crate) fn put_vmcs(&mut self, vmcs: Vmcs) {
         if let Some(slot) = self.vmcs_mut() {
             *slot = vmcs;
+        }
+    }
+
+    /// RFLAGS as an exit saves it: RF is what the stack would show for an event, 0 for an instruction
+    /// that exits, 1 for an access that does ("Saving RIP, RSP, RFLAGS, and SSP").
+    fn saved_flags(&self, info: &ExitInfo, vectoring: Option<&Event>) -> u64 {
+        let flags = self.regs.rflags;
+        let access =
+            matches!(info.reason, ExitReason::EPT_VIOLATION | ExitReason::EPT_MISCONFIGURATION);
+        match (info.interruption, vectoring) {
+            (Some(event), _) => event.flags(flags),
+            (None, Some(event)) if access => event.flags(flags),
+            (None, _) if access => flags | rflags::RF,
+            (None, _) if info.length.is_some() => flags & !rflags::RF,
+            _ => flags,
         }
     }
 

@@ -221,6 +221,7 @@ impl Processor {
                 // STI and MOV SS block for one instruction.
                 self.blocking.remove(blocking);
                 self.regs.rip = self.next_rip(operation.length());
+                self.regs.rflags &= !rflags::RF;
                 let flags = if operation.is_vmx() {
                     self.regs.rflags & (rflags::CF | rflags::ZF)
                 } else {

@@ -79,6 +79,8 @@ pub mod rflags {
     pub const TF: u64 = 1 << 8;
     /// Interrupt enable.
     pub const IF: u64 = 1 << 9;
+    /// Resume.
+    pub const RF: u64 = 1 << 16;
     /// Virtual-8086 mode.
     pub const VM: u64 = 1 << 17;
     /// Alignment check.

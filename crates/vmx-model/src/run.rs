@@ -340,7 +340,11 @@ impl<P: Platform> Session<'_, P> {
             if !self.caps.supports(field) {
                 continue;
             }
-            let value = self.read_field(processor, field);
+            let mut value = self.read_field(processor, field);
+            if field == Field::GUEST_RFLAGS && reason == ExitReason::TRIPLE_FAULT {
+                // What shutdown would leave in RF is no one's to say.
+                value &= !rflags::RF;
+            }
             fields.push((field, value));
             self.dependent(processor, field, value, &mut fields);
         }

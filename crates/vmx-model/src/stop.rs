@@ -8,6 +8,7 @@ use vmx_defs::event::{IntrInfo, kind, vector};
 use vmx_defs::{ExitReason, Gva};
 
 use crate::addr::Gpa;
+use crate::registers::rflags;
 
 /// An exception, with its error code where the vector has one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +40,8 @@ pub(crate) struct Event {
     pub(crate) length: u32,
     /// Bit 0 (EXT) of the error codes of faults that the delivery meets.
     pub(crate) external: bool,
+    /// VM entry injected it.
+    pub(crate) injected: bool,
 }
 
 impl Event {
@@ -48,17 +51,31 @@ impl Event {
             error_code: exception.error_code.unwrap_or(0),
             length: 0,
             external: true,
+            injected: false,
         }
     }
 
     pub(crate) fn of_kind(kind: u8, vector: u8) -> Self {
         let info = IntrInfo::new().with_vector(vector).with_kind(kind).with_valid(true);
-        Self { info, error_code: 0, length: 0, external: true }
+        Self { info, error_code: 0, length: 0, external: true, injected: false }
     }
 
     /// INT *n*, INT3 or INTO, and INT1, of this length.
     pub(crate) fn software(kind: u8, vector: u8, length: u32) -> Self {
         Self { length, external: false, ..Self::of_kind(kind, vector) }
+    }
+
+    /// RFLAGS as the event pushes it: RF is set for faults, and clear for what comes after an
+    /// instruction (SDM Vol. 3B, "Instruction-Breakpoint Exception Condition"). VM entry pushes what
+    /// it has loaded.
+    pub(crate) fn flags(&self, flags: u64) -> u64 {
+        let fault =
+            self.info.kind() == kind::HARDWARE_EXCEPTION && self.info.vector() != vector::DB;
+        match (self.injected, fault) {
+            (false, true) => flags | rflags::RF,
+            (false, false) if self.is_software() => flags & !rflags::RF,
+            _ => flags,
+        }
     }
 
     /// Whether the instruction length is part of the event.

@@ -46,10 +46,10 @@ fn a_page_fault_pushes_its_frame_and_sets_cr2() {
             if config.vms[0].mode == GuestMode::Long {
                 let frame = [0, 1, 2, 3, 4, 5].map(|n| session.word(STACK + 0x600 - 48 + 8 * n));
                 let rsp = (layout::guest::STACK << 12) + 0x600;
-                assert_eq!(frame, [0, rip, 8, 2, rsp, 0x10]);
+                assert_eq!(frame, [0, rip, 8, 0x1_0002, rsp, 0x10]);
             } else {
                 let frame = [0, 1].map(|n| session.word(STACK + 0x600 - 16 + 8 * n));
-                assert_eq!(frame, [rip << 32, 2 << 32 | 8]);
+                assert_eq!(frame, [rip << 32, 0x1_0002 << 32 | 8]);
             }
         });
     }
@@ -169,7 +169,7 @@ fn a_stack_switch_reads_the_tss() {
         session.done(Operation::SetPrivilege(3));
         session.fault_of(Operation::Ud2);
         let frame = [0, 1, 2, 3, 4].map(|n| session.word(STACK + 0x700 - 40 + 8 * n));
-        assert_eq!(frame[1..], [0xb, 2, (layout::guest::STACK << 12) + 0x600, 0x13]);
+        assert_eq!(frame[1..], [0xb, 0x1_0002, (layout::guest::STACK << 12) + 0x600, 0x13]);
     });
 }
 
