@@ -62,7 +62,8 @@ impl Default for Profile {
 pub fn generate(seed: u64, profile: &Profile) -> Program {
     let mut rng = Rng::new(seed);
     let setup = setup(&mut rng, profile);
-    let mut generator = Generator { rng, profile, setup: &setup, vm: 0, steps: Vec::new() };
+    let vms = vec![0; setup.processors];
+    let mut generator = Generator { rng, profile, setup: &setup, vms, steps: Vec::new() };
     let mut processor = 0;
     while generator.steps.len() < profile.steps {
         if setup.processors > 1 && generator.rng.one_in(8) {
@@ -109,6 +110,11 @@ fn setup(rng: &mut Rng, profile: &Profile) -> Setup {
     }
 }
 
+/// A load of a word.
+const fn load(at: u64) -> Operation {
+    Operation::Load { at, size: 8 }
+}
+
 /// What an action has changed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Changed {
@@ -126,7 +132,8 @@ struct Generator<'a> {
     rng: Rng,
     profile: &'a Profile,
     setup: &'a Setup,
-    vm: usize,
+    /// The guest whose VMCS is current on each processor.
+    vms: Vec<usize>,
     steps: Vec<Step>,
 }
 
@@ -150,15 +157,16 @@ impl Generator<'_> {
                 self.push(processor, Action::Guest(Operation::Vmfunc { rax, rcx }));
             }
             12 | 13 => self.guest_control(processor),
-            14..=17 => self.edit(processor),
+            14..=16 => self.edit(processor),
+            17 => self.guest_edit(processor),
             18 => self.l1(processor),
             _ if self.profile.wild => self.wild(processor),
             _ => self.l1(processor),
         }
     }
 
-    fn mode(&self) -> GuestMode {
-        self.setup.vms[self.vm].mode
+    fn vm(&self, processor: usize) -> &VmSetup {
+        &self.setup.vms[self.vms[processor]]
     }
 
     fn list_index(&mut self) -> u64 {
@@ -194,11 +202,12 @@ impl Generator<'_> {
 
     /// The guest changes its registers or its caches.
     fn guest_control(&mut self, processor: usize) {
-        let cr3s = layout::guest_cr3(self.mode());
-        let long = self.mode() == GuestMode::Long;
+        let VmSetup { mode, cr4: own, .. } = *self.vm(processor);
+        let cr3s = layout::guest_cr3(mode);
+        let long = mode == GuestMode::Long;
         let operation = match self.rng.below(12) {
             0..=3 => {
-                let pcids = self.setup.vms[self.vm].cr4 & cr4::PCIDE != 0;
+                let pcids = own & cr4::PCIDE != 0;
                 let pcid = if pcids { self.rng.below(2) | self.rng.below(2) << 63 } else { 0 };
                 let value = self.rng.pick(cr3s) | pcid;
                 Operation::MovToCr { register: 3, value }
@@ -215,12 +224,11 @@ impl Generator<'_> {
             }
             6 => {
                 let toggled = self.rng.pick(&[cr4::PGE, cr4::PGE, 0]);
-                let base = match self.mode() {
+                let base = match mode {
                     GuestMode::Long | GuestMode::Pae => cr4::PAE,
                     GuestMode::Bits32 => cr4::PSE,
                     GuestMode::Unpaged => 0,
                 };
-                let own = self.setup.vms[self.vm].cr4;
                 Operation::MovToCr { register: 4, value: base | own | cr4::PGE ^ toggled }
             }
             7 => Operation::MovFromCr { register: self.rng.pick(&[0, 2, 3, 4]) },
@@ -250,9 +258,12 @@ impl Generator<'_> {
     fn edit(&mut self, processor: usize) {
         let view = self.rng.below(VIEWS as u64) as usize;
         let mut changed = Changed::Ept;
+        // What the edit is about, to be read before and after it.
+        let mut read = None;
         let (at, value) = match self.rng.below(12) {
             0..=4 => {
                 let number = self.rng.below(DATA_PAGES);
+                read = Some(Action::Guest(load((DATA + number) << 12)));
                 let at = layout::ept_table(view, 1) + 8 * (DATA + number);
                 let frame = layout::guest_data(
                     self.rng.below(VIEWS as u64) as usize,
@@ -289,23 +300,68 @@ impl Generator<'_> {
             }
             9 | 10 => {
                 let table = self.rng.pick(&[guest::LONG + 3, guest::LONG_2 + 3, guest::PAE + 2]);
-                let at = layout::guest_structure(table) + 8 * (DATA + self.rng.below(DATA_PAGES));
+                let number = self.rng.below(DATA_PAGES);
+                let at = layout::guest_structure(table) + 8 * (DATA + number);
+                read = Some(Action::Guest(load((DATA + number) << 12)));
                 changed = Changed::Guest;
                 (at, self.guest_entry())
             }
             _ => {
                 let number = self.rng.below(4);
                 let at = layout::L1_WINDOW_PT + 8 * number;
-                changed = Changed::L1(layout::L1_WINDOW + (number << 12));
+                let linear = layout::L1_WINDOW + (number << 12);
+                read = Some(Action::L1(load(linear)));
+                changed = Changed::L1(linear);
                 (at, (layout::L1_DATA + (self.rng.below(8) << 12)) | 3)
             }
         };
+        let read = read.filter(|_| !self.rng.one_in(3));
+        if let Some(read) = read {
+            self.push(processor, read);
+        }
         self.push(processor, Action::Write { at, value });
         if self.is_exact() {
             self.after_change(processor, changed);
         } else if self.rng.one_in(2) {
             self.invalidate(processor, view);
         }
+        if let Some(read) = read {
+            self.push(processor, read);
+        }
+    }
+
+    /// The guest changes its own page table, and invalidates by itself.
+    fn guest_edit(&mut self, processor: usize) {
+        let VmSetup { mode, vpid, exits, .. } = *self.vm(processor);
+        let (table, size) = match mode {
+            GuestMode::Long => (self.rng.pick(&[guest::LONG + 3, guest::LONG_2 + 3]), 8),
+            GuestMode::Pae => (guest::PAE + 2, 8),
+            GuestMode::Bits32 => (guest::BITS32 + 1, 4),
+            GuestMode::Unpaged => return,
+        };
+        let number = DATA + self.rng.below(DATA_PAGES);
+        let read = Action::Guest(load(number << 12));
+        let value = self.guest_entry();
+        let at = (table << 12) + u64::from(size) * number;
+        self.push(processor, Action::Guest(Operation::SetPrivilege(0)));
+        self.push(processor, read);
+        self.push(processor, Action::Guest(Operation::Store { at, size, value }));
+        // Without a VPID, a switch of EPTP forgets as much (S4).
+        let by_switch = vpid == 0 && self.rng.one_in(2);
+        let operation = if by_switch {
+            Operation::Vmfunc { rax: 0, rcx: self.rng.below(8) }
+        } else {
+            Operation::Invlpg { at: number << 12 }
+        };
+        self.push(processor, Action::Guest(operation));
+        // Where that exits, or does not complete, L1 has to do it.
+        let intercepted =
+            exits.contains(ProcCtls::INVLPG_EXITING) || self.vm(processor).view.is_none();
+        if intercepted {
+            self.after_change(processor, Changed::Guest);
+        }
+        self.push(processor, read);
+        self.after_change(processor, Changed::Guest);
     }
 
     fn is_exact(&self) -> bool {
@@ -359,6 +415,11 @@ impl Generator<'_> {
                     }
                 }
             },
+            // Without a VPID, VM entry and exit forget what root operation has cached, too.
+            Changed::L1(_) if self.vm(processor).vpid == 0 && self.rng.one_in(2) => {
+                self.push(processor, Action::Enter);
+                self.push(processor, Action::Leave);
+            }
             Changed::L1(at) => {
                 let operation = if self.rng.one_in(2) {
                     Operation::Invlpg { at }
@@ -443,8 +504,9 @@ impl Generator<'_> {
                 Action::SetField(Field::EPT_POINTER, layout::eptp(view, flags))
             }
             5 => {
-                self.vm = self.rng.below(2) as usize;
-                Action::Switch(self.vm)
+                let vm = self.rng.below(2) as usize;
+                self.vms[processor] = vm;
+                Action::Switch(vm)
             }
             6 if !self.apart() => Action::SetField(Field::VPID, 1 + self.rng.below(2)),
             7 => Action::Clear,
