@@ -136,7 +136,7 @@ fn none(faults: &[String]) -> Result<()> {
 
 /// The unit and documentation tests of all that is not an image.
 fn host_tests(workspace: &Workspace) -> Result<Counts> {
-    let packages = ["--workspace", "--exclude=nvmx-hv", "--exclude=nvmx-guests"];
+    let packages = ["--workspace", "--exclude=nvmx-guests"];
     let nextest = workspace
         .cargo()
         .args(["nextest", "--version"])
