@@ -175,8 +175,11 @@ impl Vcpu {
                 write_back_caches();
                 Next::Following
             }
-            // SMX and SGX are hidden.
-            ExitReason::GETSEC | ExitReason::ENCLS => Next::Fault(Fault::Ud),
+            // SMX and SGX are hidden; to call the TDX module, which CPUID does not tell of, exits
+            // wherever the processor knows the instruction.
+            ExitReason::GETSEC | ExitReason::ENCLS | ExitReason::SEAMCALL | ExitReason::TDCALL => {
+                Next::Fault(Fault::Ud)
+            }
             ExitReason::EXCEPTION_OR_NMI => {
                 // Only NMIs exit.
                 unblock_nmi();

@@ -122,16 +122,22 @@ extern "C" fn start_of_rust(information: u32) -> ! {
         })
         .collect();
 
+    // Firmware puts tables into reserved memory, too.
+    let end_of_map = handover.map.end_of_ram().max(1 << 32);
     // SAFETY: called once, here.
-    unsafe { paging::move_image(&mut region, handover.map.end_of_ram()) };
+    unsafe { paging::move_image(&mut region, end_of_map) };
     let processor = processor::Processor::new(0, LocalApic::current().identifier());
     // SAFETY: this is the first processor.
     unsafe { processor.load() };
 
-    let identifiers = match madt::processors(handover.acpi, handover.map.end_of_ram()) {
+    let identifiers = match madt::processors(handover.acpi, end_of_map) {
         Ok(identifiers) => identifiers,
         Err(madt::TooMany) => fail(format_args!("more than 32 processors")),
     };
+    if identifiers.is_empty() && may_have_others() {
+        // L1 could find them in another way, and start them without L0.
+        fail(format_args!("ACPI does not say which processors there are (no MADT)"));
+    }
 
     let own = region::own();
     let map = handover.map.without(own);
@@ -220,6 +226,13 @@ const START_PAGE_LIMIT: u64 = 0xA_0000;
 const ROOTS: u32 = 1024;
 /// VMCSs of L1 that are kept out of its memory.
 const VMCS_CACHE: usize = 64;
+
+/// Whether CPUID leaves room for other processors in this package: HTT, and the number of
+/// identifiers reserved for them.
+fn may_have_others() -> bool {
+    let leaf = __cpuid(1);
+    leaf.edx & 1 << 28 != 0 && leaf.ebx >> 16 & 0xFF > 1
+}
 
 fn has_1g_ept_pages(hardware: &HardwareCaps) -> bool {
     EptVpidCap::from_bits_retain(hardware.msr(number::VMX_EPT_VPID_CAP))

@@ -92,9 +92,9 @@ fn has_1g_pages() -> bool {
     __cpuid(0x8000_0001).edx & 1 << 26 != 0
 }
 
-/// Builds the final tables: the image's window onto `region.image()`, and a direct map of at least
-/// 4 GiB and all RAM, which ends at `end_of_ram`. Returns the value for CR3.
-fn build(region: &mut Region, end_of_ram: u64) -> u64 {
+/// Builds the final tables: the image's window onto `region.image()`, and a direct map that ends at
+/// `end` or above. Returns the value for CR3.
+fn build(region: &mut Region, end: u64) -> u64 {
     let root = region.take_frames(1);
     let image = image();
     let frames = region.image().start;
@@ -118,7 +118,7 @@ fn build(region: &mut Region, end_of_ram: u64) -> u64 {
 
     let rights = PRESENT | WRITE | LARGE | NO_EXECUTE;
     let large = has_1g_pages();
-    let end = end_of_ram.max(1 << 32).next_multiple_of(PAGE_1G);
+    let end = end.next_multiple_of(PAGE_1G);
     let mut physical = 0;
     while physical < end {
         let at = DIRECT_MAP + physical;
@@ -168,8 +168,8 @@ pub(crate) fn unmap_start_page(page: u64) {
 ///
 /// # Safety
 /// Once, on the boot tables, on the first processor; `region` is RAM within the direct map.
-pub(crate) unsafe fn move_image(region: &mut Region, end_of_ram: u64) {
-    let root = build(region, end_of_ram);
+pub(crate) unsafe fn move_image(region: &mut Region, end: u64) {
+    let root = build(region, end);
     ROOT.store(root, Ordering::Relaxed);
     let image = image();
     let to = direct::<u8>(region.image().start);

@@ -129,6 +129,8 @@ reasons! {
     XRSTORS = 64, "XRSTORS.";
     UMWAIT = 67, "UMWAIT.";
     TPAUSE = 68, "TPAUSE.";
+    SEAMCALL = 76, "SEAMCALL.";
+    TDCALL = 77, "TDCALL.";
 }
 
 /// Exit qualifications of a VM-entry failure due to invalid guest state.
