@@ -1,34 +1,7 @@
-//! Does a kernel that is not ours see what its specification promises? Builds the fixture and
-//! checks what it told: command line, modules and memory map.
-
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+//! Does a kernel that is not ours see what its specification promises? Checks what the fixture
+//! told: command line, modules and memory map.
 
 use anyhow::{Context, Result, bail, ensure};
-
-use crate::workspace::Workspace;
-
-/// Assembles the kernel into the target folder.
-pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
-    let folder = workspace.target.join("fixtures");
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let source = workspace.root.join("xtask/fixtures/foreign.S");
-    let object = folder.join("foreign.o");
-    let kernel = folder.join("foreign");
-    // The assembler and linker come with the C compiler that Rust links with.
-    let mut assemble = Command::new("as");
-    assemble.arg("--32").arg("-o").arg(&object).arg(source);
-    let mut link = Command::new("ld");
-    link.args(["-m", "elf_i386", "-Ttext", "0x100000", "-o"]).arg(&kernel).arg(&object);
-    for command in [&mut assemble, &mut link] {
-        let status = command.status().with_context(|| format!("cannot run {command:?}"))?;
-        ensure!(status.success(), "failed: {command:?}");
-    }
-    Ok(kernel)
-}
 
 /// A range of the memory map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,15 +124,6 @@ impl Told {
             .find(|range| range.base <= 0x10_0000 && 0x10_0000 < range.end())
             .context("its memory map has no RAM at 1 MiB")
     }
-}
-
-/// Writes a file into the fixtures folder.
-pub(crate) fn write_file(workspace: &Workspace, name: &str, bytes: &[u8]) -> Result<PathBuf> {
-    let folder: &Path = &workspace.target.join("fixtures");
-    fs::create_dir_all(folder)?;
-    let file = folder.join(name);
-    fs::write(&file, bytes).with_context(|| format!("cannot write {}", file.display()))?;
-    Ok(file)
 }
 
 #[cfg(test)]

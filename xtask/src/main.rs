@@ -7,6 +7,7 @@ mod boot;
 mod demo;
 mod deviations;
 mod exact;
+mod fixtures;
 mod foreign;
 mod guard;
 mod images;
@@ -62,8 +63,9 @@ enum Task {
     Run(RunArgs),
     /// Run everything that must pass
     ///
-    /// Lints, host tests, the conformance suite natively and under nvmx, a foreign kernel, images
-    /// that must be refused, the demo, the benchmark's bounds, and that no Bochs is left behind.
+    /// Lints, host tests, the conformance suite natively and under nvmx, a foreign kernel, several
+    /// processors, images that must be refused, the demo, the benchmark's bounds, and that no
+    /// Bochs is left behind.
     /// Closes with `N passed, N failed, N skipped`.
     Test {
         #[command(flatten)]

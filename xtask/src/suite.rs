@@ -22,7 +22,8 @@ use crate::{
     boot::{Boot, L0},
     demo,
     deviations::{self, Deviations, Place},
-    foreign::{self, Told},
+    fixtures,
+    foreign::Told,
     images, lint,
     run::{Run, Until, last_lines, until_regex},
     serial::{Counts, Report},
@@ -69,6 +70,7 @@ pub(crate) fn test(workspace: &Workspace, bochs: Option<&Path>) -> Result<ExitCo
     let with = Tests { workspace, bochs: &found, path: bochs };
     conformance(&with, &mut tally);
     tally.step("a foreign kernel", || with.foreign_kernel());
+    tally.step("several processors", || with.several_processors());
     tally.step("images that L0 must refuse", || with.refusals());
     tally.step("nothing is left behind", || with.cleanup());
     tally.step("the demo", || {
@@ -134,7 +136,7 @@ fn none(faults: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The unit and documentation tests of all that is not an image.
+/// The unit and documentation tests of all that can run on the host: only the guests' images can't.
 fn host_tests(workspace: &Workspace) -> Result<Counts> {
     let packages = ["--workspace", "--exclude=nvmx-guests"];
     let nextest = workspace
@@ -316,9 +318,9 @@ impl Tests<'_> {
 
     /// A kernel that knows nothing of us gets what it was promised.
     fn foreign_kernel(&self) -> Result<Counts> {
-        let kernel = foreign::build(self.workspace)?;
+        let kernel = fixtures::assemble(self.workspace, fixtures::FOREIGN)?;
         let kernel = kernel.to_str().context("a folder's name is not UTF-8")?;
-        let module = foreign::write_file(self.workspace, "module", b"bytes of a module")?;
+        let module = fixtures::write_file(self.workspace, "module", b"bytes of a module")?;
         let module = module.to_str().context("a folder's name is not UTF-8")?;
         let with_string = format!("{module} its  string");
         let boot = |cmdline: &str, more: &[&str]| -> Result<Told> {
@@ -358,9 +360,47 @@ impl Tests<'_> {
         Ok(counts.plus(ONE_PASSED))
     }
 
+    /// L1 starts and resets the other processors, and each can become a hypervisor.
+    fn several_processors(&self) -> Result<Counts> {
+        let kernel = fixtures::assemble(self.workspace, fixtures::SMP)?;
+        let mut counts = Counts::default();
+        for (place, cpus) in [(Place::Native, 2), (Place::Nvmx, 2), (Place::Nvmx, 4)] {
+            let run = Run {
+                name: match place {
+                    Place::Native => "smp-native",
+                    Place::Nvmx => "smp-nvmx",
+                },
+                boot: Boot {
+                    l0: (place == Place::Nvmx).then(|| self.l0("")),
+                    l1: Some(kernel.clone()),
+                    cmdline: cpus.to_string(),
+                    modules: Vec::new(),
+                },
+                machine: Machine { cpus, ..Machine::default() },
+                until: Until::Verdict,
+                timeout: SHORT_TIMEOUT,
+                show: false,
+            };
+            let serial = run.make(self.workspace, self.bochs)?.into_result();
+            let report = serial.and_then(|serial| {
+                let came = format!("processors started: {}", cpus - 1);
+                let rounds = serial.lines().filter(|line| line.trim_end() == came).count();
+                let report = Report::parse(&serial).map_err(anyhow::Error::msg)?;
+                // Each round reports three cases.
+                let ran = report.counts().passed;
+                ensure!(ran > 0 && ran == 3 * rounds, "{ran} cases passed in {rounds} rounds");
+                Ok(report)
+            });
+            let report = report.with_context(|| format!("{cpus} processors, {place:?}"))?;
+            println!("{cpus} processors, {place:?}: {}", report.counts());
+            counts = counts.plus(report.counts());
+        }
+        Ok(counts)
+    }
+
     /// Images that can't be booted are refused in words, and the machine ends as failed.
     fn refusals(&self) -> Result<Counts> {
-        let kernel = fs::read(foreign::build(self.workspace)?)?;
+        let kernel = fs::read(fixtures::assemble(self.workspace, fixtures::FOREIGN)?)?;
         let header = |flags: u32| {
             let magic = 0x1BAD_B002_u32;
             let checksum = 0_u32.wrapping_sub(magic).wrapping_sub(flags);
@@ -382,7 +422,7 @@ impl Tests<'_> {
         for (what, bytes) in images {
             let name = format!("bad-{}", what.replace(' ', "-"));
             let l1 = match bytes {
-                Some(bytes) => Some(foreign::write_file(self.workspace, &name, &bytes)?),
+                Some(bytes) => Some(fixtures::write_file(self.workspace, &name, &bytes)?),
                 None => None,
             };
             let run = Run {
@@ -404,7 +444,7 @@ impl Tests<'_> {
 
     /// However xtask is ended, its Bochs ends too.
     fn cleanup(&self) -> Result<Counts> {
-        let kernel = foreign::build(self.workspace)?;
+        let kernel = fixtures::assemble(self.workspace, fixtures::FOREIGN)?;
         let kernel = kernel.to_str().context("a folder's name is not UTF-8")?;
         let mut counts = Counts::default();
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
