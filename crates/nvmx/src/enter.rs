@@ -151,11 +151,13 @@ impl Nested {
         };
         writer.write(Field::VPID, vpid02.into())?;
         for field in written.both(&self.plain_controls).of_kind(Kind::Control) {
-            writer.write(field, plain_control(vmcs, field))?;
+            writer.write(field, plain_control(vmcs, caps, field))?;
         }
         if written.any(Kind::Control) {
-            // What another control switches off follows that one.
-            writer.write(Field::TSC_OFFSET, plain_control(vmcs, Field::TSC_OFFSET))?;
+            // What hangs on another control follows that one.
+            for field in [Field::TSC_OFFSET, Field::CR4_SHADOW] {
+                writer.write(field, plain_control(vmcs, caps, field))?;
+            }
         }
         // TPR shadow: the page that stands for one that L0 hides is made anew.
         if written.any(Kind::Control) || vmcs.proc().contains(ProcCtls::TPR_SHADOW) {
@@ -231,13 +233,18 @@ pub(crate) fn read_pdptes(host: &mut impl Host, at: L1Gpa) -> [u64; 4] {
 }
 
 /// A control that L2 runs with as L1 wrote it, or as it acts where another control disables it.
+///
+/// Bits of CR4 that L1 is not offered are L0's in L2, too, and read as 0: the processor may have
+/// their features.
 #[inline]
-fn plain_control(vmcs: &Vmcs12, field: Field) -> u64 {
-    let acts = match field {
-        Field::TSC_OFFSET => vmcs.proc().contains(ProcCtls::TSC_OFFSETTING),
-        _ => true,
-    };
-    if acts { vmcs.get(field) } else { 0 }
+fn plain_control(vmcs: &Vmcs12, caps: &Caps, field: Field) -> u64 {
+    let value = vmcs.get(field);
+    match field {
+        Field::TSC_OFFSET if !vmcs.proc().contains(ProcCtls::TSC_OFFSETTING) => 0,
+        Field::CR4_MASK => value | !caps.cr4_fixed1,
+        Field::CR4_SHADOW => value & (caps.cr4_fixed1 | vmcs.get(Field::CR4_MASK)),
+        _ => value,
+    }
 }
 
 /// The controls of which L0 adds some: EPT, VPID and the MSR bitmap are always in use, exits always

@@ -11,6 +11,7 @@ use crate::enter::{EFER_LME, PDPTES, read_pdptes};
 use crate::ept::Resolution;
 use crate::host::{Host, HostError, HostResult, MsrFault};
 use crate::inject::{self, Exception, Outcome};
+use crate::insn::{is_64_bit, register};
 use crate::paging::{CR0_PG, CR4_PAE, EFER_LMA};
 use crate::regs::{Gprs, RAX, RCX, RDX};
 use crate::vmcs12::Vmcs12;
@@ -18,7 +19,7 @@ use crate::{msr_area, msr_bitmap};
 use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls2};
 use vmx_defs::ept::EptViolation;
 use vmx_defs::event::{Interruptibility, IntrInfo, activity, kind, vector};
-use vmx_defs::exit::ENTRY_FAILURE;
+use vmx_defs::exit::{CrAccess, ENTRY_FAILURE};
 use vmx_defs::{ExitReason, Field, L1Gpa, L2Gpa};
 
 /// Offset of the VMX-abort indicator in a VMCS region.
@@ -118,6 +119,7 @@ impl Nested {
             }
             ExitReason::RDMSR => self.rdmsr(processor, host, gprs),
             ExitReason::WRMSR => self.wrmsr(processor, host, gprs),
+            ExitReason::CR_ACCESS => self.control_register(processor, host, gprs),
             _ => self.reflect(processor, host, None),
         }
     }
@@ -244,6 +246,27 @@ impl Nested {
             }
             Err(MsrFault) => self.raise(processor, host, Exception::new(vector::GP)),
         }
+    }
+
+    /// An exit for a control register: L1's, but for MOV to CR4 of bits that L1 does not want and is
+    /// not offered. They are reserved (SDM Vol. 2B, "MOV—Move to/from Control Registers").
+    fn control_register(
+        &mut self,
+        processor: &mut Processor,
+        host: &mut impl Host,
+        gprs: &Gprs,
+    ) -> HostResult<Handled> {
+        const MOV_TO: u8 = 0;
+        let access = CrAccess::from(host.vmread(Field::EXIT_QUALIFICATION)?);
+        if (access.access(), access.register()) == (MOV_TO, 4) {
+            let value = register(host, gprs, access.gpr())?;
+            let value = if is_64_bit(host)? { value } else { value & 0xffff_ffff };
+            let vmcs = self.vmcs12(processor).ok_or(HostError::WrongState)?;
+            if (value ^ vmcs.get(Field::CR4_SHADOW)) & vmcs.get(Field::CR4_MASK) == 0 {
+                return self.raise(processor, host, Exception::new(vector::GP));
+            }
+        }
+        self.reflect(processor, host, None)
     }
 
     /// The hardware refused vmcs02. The guest state there is what vmcs12 says, so nothing is saved.

@@ -419,6 +419,30 @@ fn an_msr_that_l0_keeps_and_does_not_have_is_gp() {
 }
 
 #[test]
+fn bits_of_cr4_that_l1_is_not_offered_are_reserved_in_l2() {
+    const PCE: u64 = 1 << 8;
+    const CET: u64 = 1 << 23;
+    // MOV from RCX to CR4.
+    const MOV: u64 = 4 | 1 << 8;
+    let shadow = (Field::CR4_SHADOW, CET | PCE);
+    let mut rig = running_with(&[(Field::CR4_MASK, PCE), shadow]);
+    assert_eq!(rig.l2(0, Field::CR4_MASK), !rig.nested.config.caps.cr4_fixed1 | PCE);
+    assert_eq!(rig.l2(0, Field::CR4_SHADOW), PCE, "L2 reads 0 in what is hidden");
+    let real = rig.l2(0, Field::GUEST_CR4);
+    rig.gprs.set(RCX, real | PCE | CET);
+    assert_eq!(rig.exit(0, ExitReason::CR_ACCESS, MOV), End::Entered);
+    assert_eq!(injected(&rig), Some(IntrInfo::exception(vector::GP, true)));
+    assert_eq!(rig.l2(0, Field::GUEST_CR4), real);
+    rig.gprs.set(RCX, real | CET);
+    assert_eq!(rig.exit(0, ExitReason::CR_ACCESS, MOV), End::Exited, "L1 wants PCE");
+    assert_eq!(rig.vmread(0, Field::CR4_MASK), PCE);
+    // Alone, each of the two fields brings the other along.
+    assert_eq!(rig.vmwrite(0, Field::CR4_MASK, PCE | CET), End::Succeed);
+    assert_eq!(rig.resume(0), End::Entered);
+    assert_eq!(rig.l2(0, Field::CR4_SHADOW), PCE | CET);
+}
+
+#[test]
 fn ept_violations_are_filled_or_l1s() {
     let mut rig = Rig::running();
     rig.map(EPT, 0x5000, 0x4_5000, RWX);

@@ -5,7 +5,7 @@
 //! Read Shadows for CR0 and CR4", "CR3-Target Controls", "Virtualizing CR8-Based TPR Accesses",
 //! "Exit Qualification for Control-Register Accesses" and "... for MOV DR".
 
-use vmx_defs::{ExitReason, Field, ProcCtls, ProcCtls2, event::vector, exit::CrAccess};
+use vmx_defs::{ExitReason, Field, ProcCtls, ProcCtls2, event::vector, exit::CrAccess, msr};
 
 use super::{Control, Stage};
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
     memory::Page,
     skip,
     suite::{Case, Ctx, Stop, Verdict},
-    vmx::{Mode, Outcome, paging::Paging, vmcs},
+    vmx::{Mode, Outcome, paging::Paging, rdmsr, vmcs},
 };
 
 /// The cases of this file.
@@ -245,9 +245,14 @@ fn cr4_fixed(ctx: &mut Ctx<'_>) -> Verdict {
     let real = vmcs::read(Field::GUEST_CR4);
     stage.vm.registers.r8[0] = real & !VMXE;
     stage.raises(write_cr4(), vector::GP)?;
-    // Bit 31 is reserved on every processor with VMX so far.
-    stage.vm.registers.r8[0] = real | 1 << 31;
-    stage.raises(write_cr4(), vector::GP)?;
+    let allowed = rdmsr(msr::VMX_CR4_FIXED1);
+    for bit in (0..64).filter(|bit| allowed & 1 << bit == 0) {
+        vmcs::write(Field::CR4_SHADOW, 1 << bit);
+        stage.vm.registers.r8[0] = real | 1 << bit;
+        stage.raises(write_cr4(), vector::GP)?;
+        stage.passes(read_cr4())?;
+        ensure_eq!(stage.vm.registers.r8[0], real, "what L2 reads, with bit {bit} in the shadow");
+    }
     ensure_eq!(vmcs::read(Field::GUEST_CR4), real, "guest CR4");
     Ok(())
 }
