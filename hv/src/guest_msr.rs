@@ -19,6 +19,8 @@ pub(crate) const BITMAP_BYTES: usize = 4096;
 /// Registers that only this file names.
 mod index {
     pub(super) const MICROCODE_TRIGGER: u32 = 0x79;
+    /// Where the trace hub's registers are in physical memory (MSR_TRACE_HUB_STH_ACPIBAR_BASE).
+    pub(super) const TRACE_HUB: u32 = 0x80;
     pub(super) const SGX_HASH: core::ops::RangeInclusive<u32> = 0x8C..=0x8F;
     pub(super) const SMM_MONITOR: u32 = 0x9B;
     pub(super) const SMBASE: u32 = 0x9E;
@@ -63,8 +65,9 @@ fn policy(register: u32) -> Policy {
             Policy::Answered
         }
         number::VMX_BASIC..=number::VMX_VMFUNC => Policy::Answered,
-        // Features that write physical memory past EPT, or act on L0 too.
+        // Features that reach physical memory past EPT, or act on L0 too.
         index::MICROCODE_TRIGGER
+        | index::TRACE_HUB
         | index::SMM_MONITOR
         | index::SMBASE
         | index::PEBS_ENABLE
