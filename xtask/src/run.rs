@@ -20,6 +20,11 @@ use crate::{
     workspace::Workspace,
 };
 
+/// How often a run is begun while Bochs finds no port for its display.
+const DISPLAY_TRIES: u32 = 4;
+/// The pause between two of these.
+const DISPLAY_PAUSE: Duration = Duration::from_secs(2);
+
 /// How often COM1 is looked at.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -85,6 +90,15 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
+    /// Whether Bochs gave up before the machine started, since its display found no port to listen
+    /// on: that says nothing about what was to be run.
+    fn had_no_display(&self) -> bool {
+        self.failure.is_some()
+            && self.serial.is_empty()
+            && fs::read_to_string(self.folder.join("bochs.log"))
+                .is_ok_and(|log| log.contains("RFB could not bind"))
+    }
+
     /// The run's COM1 if it ended well; else an error that gives the reason and the kept logs.
     pub(crate) fn into_result(self) -> Result<String> {
         match self.failure {
@@ -102,6 +116,17 @@ impl Outcome {
 impl Run<'_> {
     /// Makes the run. An error means that the machine could not even be started.
     pub(crate) fn make(&self, workspace: &Workspace, bochs: &Bochs) -> Result<Outcome> {
+        for _ in 1..DISPLAY_TRIES {
+            let outcome = self.attempt(workspace, bochs)?;
+            if !outcome.had_no_display() {
+                return Ok(outcome);
+            }
+            thread::sleep(DISPLAY_PAUSE);
+        }
+        self.attempt(workspace, bochs)
+    }
+
+    fn attempt(&self, workspace: &Workspace, bochs: &Bochs) -> Result<Outcome> {
         let config = self.boot.grub_config()?;
         let folder = workspace.new_run(self.name)?;
         let iso = folder.join("boot.iso");
