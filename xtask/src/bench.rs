@@ -42,7 +42,14 @@ const SWITCH_BOUND: f64 = 1000.0;
 const RATIO_BOUND: f64 = 1.2;
 
 /// What a page may cost.
-const PAGE_BOUNDS: [(&str, f64); 0] = [];
+const PAGE_BOUNDS: [(&str, f64); 6] = [
+    ("first_read_4k", 100.0),
+    ("first_write_4k", 100.0),
+    ("write_after_read_4k", 20.0),
+    ("first_read_4k_ad", 2500.0),
+    ("first_write_4k_ad", 2500.0),
+    ("reread_after_invept", 20.0),
+];
 
 /// How many pages of shadow tables a view may take that shares all but one path.
 const VIEW_BOUND: f64 = 5.0;

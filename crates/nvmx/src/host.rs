@@ -136,8 +136,24 @@ pub trait L1Memory {
     /// As [`Self::compare_exchange_u64`], for 4 bytes; `gpa` is 4-byte aligned.
     fn compare_exchange_u32(&mut self, gpa: L1Gpa, old: u32, new: u32) -> u32;
 
-    /// Copies the 512 entries of the page at `gpa` (its low 12 bits are 0), each in one access.
-    fn read_table(&mut self, gpa: L1Gpa, entries: &mut [u64; ENTRIES]);
+    /// Copies 8-byte entries of a table, each in one access. `gpa` is 8-byte aligned, and the range
+    /// does not cross into another page.
+    fn read_entries(&mut self, gpa: L1Gpa, entries: &mut [u64]);
+
+    /// Compares `eights` times 8 entries of L1's table from `gpa` on with those of the table at
+    /// `frame` from entry `first` on. Answers how many eights at the beginning have nothing but
+    /// entries of which L1's XOR ours is `by`; an answer that is too low only costs time. `gpa` is
+    /// 8-byte aligned, and neither range crosses into another page.
+    fn differ_by(&mut self, gpa: L1Gpa, frame: Hpa, first: usize, eights: usize, by: u64) -> usize
+    where
+        Self: Frames,
+    {
+        let entries = (0..8 * eights).take_while(|number| {
+            gpa.checked_add(8 * *number as u64)
+                .is_some_and(|gpa| self.read_u64(gpa) ^ self.load(frame, first + number) == by)
+        });
+        entries.count() / 8
+    }
 
     /// EPT01's translation. Total: every address below the physical-address width has one; for
     /// others the answer is the page of ones.

@@ -113,8 +113,8 @@ impl L1Memory for Ram {
         found
     }
 
-    fn read_table(&mut self, gpa: L1Gpa, entries: &mut [u64; ENTRIES]) {
-        assert!(gpa.is_aligned(4096));
+    fn read_entries(&mut self, gpa: L1Gpa, entries: &mut [u64]) {
+        assert!(gpa.page_offset() + 8 * entries.len() as u64 <= 4096);
         for (at, entry) in (gpa.as_u64()..).step_by(8).zip(entries) {
             *entry = self.read_u64(L1Gpa::new(at));
         }
@@ -287,8 +287,8 @@ impl L1Memory for TestHost {
         self.ram.compare_exchange_u32(gpa, old, new)
     }
 
-    fn read_table(&mut self, gpa: L1Gpa, entries: &mut [u64; ENTRIES]) {
-        self.ram.read_table(gpa, entries);
+    fn read_entries(&mut self, gpa: L1Gpa, entries: &mut [u64]) {
+        self.ram.read_entries(gpa, entries);
     }
 
     fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {

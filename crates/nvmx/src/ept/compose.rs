@@ -1,7 +1,7 @@
 //! What is the shadow of one entry of L1's EPT, and which flags does L1's entry get for it?
 
 use super::walk::{Path, shift};
-use crate::host::L1Memory;
+use crate::host::{L1Mapping, L1Memory};
 use vmx_defs::ept::{EptEntry, EptPermissions};
 use vmx_defs::{Hpa, L1Gpa};
 
@@ -68,11 +68,21 @@ pub(super) fn compose(
     if flags && !entry.accessed() {
         return Composed::Entry(EMPTY);
     }
+    compose_with(memory.translate(page), entry, level, flags)
+}
+
+/// As [`compose`], with EPT01's translation of the page; the accessed flag is not looked at.
+#[inline]
+pub(super) fn compose_with(
+    mapping: L1Mapping,
+    entry: EptEntry,
+    level: u8,
+    flags: bool,
+) -> Composed {
     let mut rights = entry.permissions();
     if flags && !entry.dirty() {
         rights -= EptPermissions::WRITE;
     }
-    let mapping = memory.translate(page);
     // Bits 6:3: memory type and ignore-PAT.
     let kind = entry.into_bits() & 0x78;
     if u32::from(mapping.size_shift) < shift(level) {
@@ -85,4 +95,29 @@ pub(super) fn compose(
     let large = u64::from(level > 1) << 7;
     let flags = ACCESSED | DIRTY;
     Composed::Entry(EMPTY | mapping.hpa.as_u64() | flags | large | kind | u64::from(rights.bits()))
+}
+
+/// A 4-KByte page that was composed, for others that differ from it by their addresses only, within
+/// the block that one leaf of EPT01 maps: that leaf is contiguous, and has one set of rights.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Template {
+    entry: u64,
+    /// The shadow entry less L1's, modulo 2^64.
+    offset: u64,
+    /// Address bits within the block.
+    within: u64,
+}
+
+impl Template {
+    /// Of L1's `entry`, composed to `value` with this translation of its page.
+    pub(super) fn new(mapping: L1Mapping, entry: u64, value: u64) -> Self {
+        let within = ((1_u64 << (mapping.size_shift & 63)) - 1) & !0xfff;
+        Self { entry, offset: value.wrapping_sub(entry), within }
+    }
+
+    /// The shadow of `entry`, if the template says what it is.
+    #[inline]
+    pub(super) fn apply(&self, entry: u64) -> Option<u64> {
+        ((entry ^ self.entry) & !self.within == 0).then(|| entry.wrapping_add(self.offset))
+    }
 }

@@ -55,6 +55,43 @@ pub(super) struct Table {
     pub(super) shared: bool,
     /// One bit for each entry that is not empty.
     pub(super) live: [u64; 8],
+    /// One bit for each entry that maps a page and differs from the L1 entry it was composed from by
+    /// `difference`, bit for bit. With EPT01 one to one, as it mostly is, these are all that have
+    /// the same rights and flags.
+    ///
+    /// Together they stand for a snapshot of the L1 table: where L1's entry, XOR `difference`, is
+    /// still what stands in the shadow, L1 has not changed it.
+    pub(super) alike: [u64; 8],
+    /// What `alike` is about; any value while that is empty.
+    pub(super) difference: u64,
+}
+
+impl Table {
+    const fn new(key: TableKey) -> Self {
+        Self {
+            key,
+            references: 0,
+            visited: 0,
+            changed: 0,
+            shared: false,
+            live: [0; 8],
+            alike: [0; 8],
+            difference: 0,
+        }
+    }
+
+    /// Entry `at`, which maps a page, holds `value`, composed from L1's `entry`.
+    #[inline]
+    pub(super) fn note_page(&mut self, at: usize, entry: u64, value: u64) {
+        let difference = entry ^ value;
+        if self.alike == [0; 8] {
+            self.difference = difference;
+        }
+        if let Some(word) = self.alike.get_mut(at / 64) {
+            let bit = 1 << (at % 64);
+            if difference == self.difference { *word |= bit } else { *word &= !bit }
+        }
+    }
 }
 
 /// A number that grows with each all-context flush that the engine asks for.
@@ -77,14 +114,7 @@ const NO_KEY: TableKey = TableKey { l1: L1Gpa::new(u64::MAX), level: 0, role: Ro
 
 impl Pool {
     pub(super) fn new(base: Hpa, frames: u32) -> Self {
-        let empty = Table {
-            key: NO_KEY,
-            references: 0,
-            visited: 0,
-            changed: 0,
-            shared: false,
-            live: [0; 8],
-        };
+        let empty = Table::new(NO_KEY);
         let count = frames as usize;
         let mut free = Vec::with_capacity(count);
         free.extend((0..frames).rev());
@@ -154,7 +184,7 @@ impl Pool {
     pub(super) fn take(&mut self, key: TableKey) -> Option<TableId> {
         let id = self.free.pop()?;
         let table = self.tables.get_mut(id as usize)?;
-        *table = Table { key, references: 0, visited: 0, changed: 0, shared: false, live: [0; 8] };
+        *table = Table::new(key);
         let tables = &self.tables;
         let rehash = |id: &u32| tables.get(*id as usize).map_or(0, |table| table.key.hash());
         self.index.insert_unique(key.hash(), id, rehash);
@@ -167,6 +197,7 @@ impl Pool {
         let hash = table.key.hash();
         table.key = NO_KEY;
         table.live = [0; 8];
+        table.alike = [0; 8];
         if let Ok(entry) = self.index.find_entry(hash, |other| *other == id.0) {
             entry.remove();
         }

@@ -3,7 +3,8 @@
 //! Shadow tables are shared between roots as L1 shares its tables: a table is found by the L1 page
 //! it shadows, its level and its role. Nothing of EPT12 is write-protected. Growth is found by EPT
 //! violation. A shadow entry is a pure function of one L1 entry and of EPT01, so that composing it
-//! again and comparing with what stands there says all a snapshot could.
+//! again and comparing with what stands there says all a snapshot could; and most entries differ
+//! from L1's by the same bits, so that not even this is needed to see that L1 changed nothing.
 //!
 //! What may be stale, and how long? A processor caches mappings of an EP4TA only while it runs L2 on
 //! it, and keeps them until an INVEPT there. So an entry may be used by a root, on a processor, if
@@ -20,21 +21,19 @@
 //! Where nothing was composed since, which is the rule when L2 switches among warm roots, this is
 //! one comparison.
 
+mod fill;
 mod reclaim;
+mod renew;
 
-use super::compose::{Composed, EMPTY, compose, pointer, set_flags};
+use super::compose::{EMPTY, set_flags};
 use super::pool::{Epoch, Pool, Table, TableId, TableKey, bits, mix};
 use super::role::Role;
-use super::walk::{Path, Step, Walk, WalkRules, index, qualification, shift, walk, wanted};
-use crate::host::{ENTRIES, Host, HostError, HostResult, InvEpt};
+use super::walk::{Walk, WalkRules, index, qualification, walk, wanted};
+use crate::host::{Host, HostError, HostResult, InvEpt};
 use alloc::vec::Vec;
 use hashbrown::HashTable;
-use vmx_defs::ept::{EptEntry, EptEntryClass, EptPermissions, EptViolation, Eptp, memory_type};
+use vmx_defs::ept::{EptEntry, EptPermissions, EptViolation, Eptp, memory_type};
 use vmx_defs::{Hpa, L1Gpa, L2Gpa};
-
-/// Entries composed around a faulting one in a table that was there already. A fresh table is
-/// composed whole.
-const WINDOW: usize = 16;
 
 /// A fill takes at most three tables below the root and two for a split page.
 const FRAMES_PER_FILL: usize = 5;
@@ -371,148 +370,6 @@ impl Shadow {
         Ok(Resolution::Filled)
     }
 
-    /// Composes the entries of `path` into the tables below `table`; returns the rights that the
-    /// leaf got there. The caller has reserved the frames.
-    fn fill(
-        &mut self,
-        host: &mut impl Host,
-        mut table: TableId,
-        path: &Path,
-        gpa: L2Gpa,
-    ) -> HostResult<EptPermissions> {
-        let mut level = 4;
-        let mut role = self.role(table);
-        let Some((leaf, ways)) = path.steps().split_last() else {
-            return Err(HostError::WrongState);
-        };
-        let mut fresh = false;
-        for step in ways {
-            role = role.child();
-            let key = TableKey { l1: L1Gpa::new(step.entry.address()), level: level - 1, role };
-            (table, fresh) =
-                self.link(host, table, index(gpa, level), key, step.entry.permissions(), level)?;
-            level -= 1;
-        }
-        if level == 1 {
-            self.fill_around(host, table, *leaf, fresh, role);
-        }
-        let mut entry = leaf.entry;
-        let mut page = L1Gpa::new(entry.address());
-        loop {
-            let at = index(gpa, level);
-            match compose(host, entry, page, level, role.accessed_dirty()) {
-                Composed::Entry(value) => {
-                    self.set(host, table, at, level, value);
-                    return Ok(EptEntry::from(value).permissions());
-                }
-                Composed::Split(whole) => {
-                    let role = role.split(whole);
-                    let key = TableKey { l1: page, level: level - 1, role };
-                    (table, fresh) =
-                        self.link(host, table, at, key, EptPermissions::all(), level)?;
-                    level -= 1;
-                    let within = (index(gpa, level) as u64) << shift(level);
-                    if fresh && level == 1 {
-                        self.fill_split(host, table, page, whole);
-                    }
-                    page = L1Gpa::new(page.as_u64() | within);
-                    // Flags were judged for the page as a whole.
-                    entry = whole.with_accessed(true).with_dirty(true);
-                }
-            }
-        }
-    }
-
-    /// Composes the neighbours of a leaf entry: of a fresh table all, else a window. Entries that
-    /// hold something are left alone: a TLB may keep them.
-    fn fill_around(
-        &mut self,
-        host: &mut impl Host,
-        table: TableId,
-        leaf: Step,
-        fresh: bool,
-        role: Role,
-    ) {
-        let own = (leaf.at.page_offset() >> 3) as usize;
-        let range =
-            if fresh { 0..ENTRIES } else { own / WINDOW * WINDOW..(own / WINDOW + 1) * WINDOW };
-        let base = leaf.at.page();
-        let hpa = self.pool.hpa(table);
-        let mut live = self.pool.get(table).map_or([u64::MAX; 8], |table| table.live);
-        for at in range {
-            let (Some(word), bit) = (live.get_mut(at / 64), 1 << (at % 64)) else { continue };
-            if *word & bit != 0 || at == own {
-                continue;
-            }
-            let Some(gpa) = base.checked_add(8 * at as u64) else { continue };
-            let entry = EptEntry::from(host.read_u64(gpa));
-            if entry.classify(1, self.rules.caps, self.rules.physical_width) != EptEntryClass::Page
-            {
-                continue;
-            }
-            let page = L1Gpa::new(entry.address());
-            if let Composed::Entry(value) = compose(host, entry, page, 1, role.accessed_dirty())
-                && value != EMPTY
-            {
-                *word |= bit;
-                self.counters.entries += 1;
-                host.store(hpa, at, value);
-            }
-        }
-        if let Some(table) = self.pool.get_mut(table) {
-            table.live = live;
-        }
-        self.note_change(table);
-    }
-
-    /// Composes all entries of a split page's lowest table.
-    fn fill_split(&mut self, host: &mut impl Host, table: TableId, page: L1Gpa, whole: EptEntry) {
-        let entry = whole.with_accessed(true).with_dirty(true);
-        for at in 0..ENTRIES {
-            let Some(page) = page.checked_add((at as u64) << 12) else { return };
-            if let Composed::Entry(value) = compose(host, entry, page, 1, false) {
-                self.set(host, table, at, 1, value);
-            }
-        }
-    }
-
-    /// Makes entry `at` of `table` point to the table of `key`, which is found or begun. Returns
-    /// that table, and whether it was begun.
-    fn link(
-        &mut self,
-        host: &mut impl Host,
-        table: TableId,
-        at: usize,
-        key: TableKey,
-        rights: EptPermissions,
-        level: u8,
-    ) -> HostResult<(TableId, bool)> {
-        let (child, fresh) = match self.pool.find(key) {
-            Some(child) => (child, false),
-            None => {
-                let child = self.pool.take(key).ok_or(HostError::OutOfFrames)?;
-                host.fill(self.pool.hpa(child), EMPTY);
-                (child, true)
-            }
-        };
-        let value = pointer(self.pool.hpa(child), rights);
-        let old = host.load(self.pool.hpa(table), at);
-        if old != value {
-            self.set(host, table, at, level, value);
-            if !fresh && self.child(level, old) != Some(child) {
-                self.renew(host, child, NEVER);
-                if self.processors.len() > 1 {
-                    // Composed long ago perhaps, but new to this root: also for the other
-                    // processors, whether they have used the root before or will.
-                    self.clock += 1;
-                    self.last_change = self.clock;
-                    self.note_link(host, child, self.clock);
-                }
-            }
-        }
-        Ok((child, fresh))
-    }
-
     /// Stores an entry, counts the reference of a new pointer, gives up that of the old one, and
     /// keeps `live` right.
     fn set(&mut self, host: &mut impl Host, table: TableId, at: usize, level: u8, value: u64) {
@@ -526,9 +383,17 @@ impl Shadow {
             self.counters.entries += 1;
             self.note_change(table);
         }
-        if let Some(word) = self.pool.get_mut(table).and_then(|table| table.live.get_mut(at / 64)) {
+        if let Some(table) = self.pool.get_mut(table)
+            && let (Some(live), Some(alike)) =
+                (table.live.get_mut(at / 64), table.alike.get_mut(at / 64))
+        {
             let bit = 1 << (at % 64);
-            if value == EMPTY { *word &= !bit } else { *word |= bit }
+            if value == EMPTY {
+                *live &= !bit
+            } else {
+                *live |= bit
+            }
+            *alike &= !bit;
         }
         let (new, old) = (self.child(level, value), self.child(level, old));
         if new == old {
@@ -661,7 +526,7 @@ impl Shadow {
                 // A table that L1's entry no longer names must go now: another root that shares it
                 // might fill the entry below.
                 let way = match self.child(level, old) {
-                    Some(_) => self.compose_entry(host, key, at, old),
+                    Some(_) => self.compose_entry(host, key, at, old).1,
                     None => EMPTY,
                 };
                 let next = self.child(level, way);
@@ -712,105 +577,16 @@ impl Shadow {
         }
         Ok(())
     }
-
-    /// Composes anew what is reachable from `table` in tables that changed after `since`.
-    #[cold]
-    fn renew(&mut self, host: &mut impl Host, table: TableId, since: u64) {
-        self.clock += 1;
-        self.renew_below(host, table, since, self.clock);
-    }
-
-    /// A table that several parents share is visited once in a pass.
-    fn renew_below(&mut self, host: &mut impl Host, id: TableId, since: u64, pass: u64) {
-        let Some(table) = self.pool.get_mut(id) else { return };
-        if table.visited == pass {
-            return;
-        }
-        table.visited = pass;
-        let Table { key, live, changed, .. } = *table;
-        let stale = changed > since;
-        if !stale && key.level == 1 {
-            return;
-        }
-        let hpa = self.pool.hpa(id);
-        for at in bits(live) {
-            let mut value = host.load(hpa, at);
-            if stale {
-                let new = self.compose_entry(host, key, at, value);
-                if new != value {
-                    self.set(host, id, at, key.level, new);
-                    value = new;
-                }
-            }
-            if let Some(child) = self.child(key.level, value) {
-                self.renew_below(host, child, since, pass);
-            }
-        }
-    }
-
-    /// The fresh value of entry `at`, now `old`, of the table of `key`: as L1's entry is now, but
-    /// pointing only to the table that it points to already.
-    fn compose_entry(&self, host: &mut impl Host, key: TableKey, at: usize, old: u64) -> u64 {
-        if key.role.split_attributes().is_some() {
-            // Composed from EPT01 and its own role alone.
-            return old;
-        }
-        let Some(gpa) = key.l1.checked_add(8 * at as u64) else { return EMPTY };
-        let entry = EptEntry::from(host.read_u64(gpa));
-        match entry.classify(key.level, self.rules.caps, self.rules.physical_width) {
-            EptEntryClass::NotPresent | EptEntryClass::Misconfigured => EMPTY,
-            EptEntryClass::Table => self.compose_pointer(key, old, entry),
-            EptEntryClass::Page => self.compose_page(host, key, old, entry),
-        }
-    }
-
-    /// The fresh value of an entry that L1 has pointing to a table: the old shadow table with L1's
-    /// rights, if it is still the one.
-    fn compose_pointer(&self, parent: TableKey, old: u64, entry: EptEntry) -> u64 {
-        let wanted = TableKey {
-            l1: L1Gpa::new(entry.address()),
-            level: parent.level - 1,
-            role: parent.role.child(),
-        };
-        match self.child(parent.level, old) {
-            Some(child) if self.pool.get(child).is_some_and(|table| table.key == wanted) => {
-                let flags = parent.role.accessed_dirty();
-                if flags && !entry.accessed() {
-                    EMPTY
-                } else {
-                    pointer(self.pool.hpa(child), entry.permissions())
-                }
-            }
-            _ => EMPTY,
-        }
-    }
-
-    /// The fresh value of an entry that L1 has mapping a page: a page, or the old split table if it
-    /// is still the right one.
-    fn compose_page(
-        &self,
-        host: &mut impl Host,
-        parent: TableKey,
-        old: u64,
-        entry: EptEntry,
-    ) -> u64 {
-        let page = L1Gpa::new(entry.address());
-        match compose(host, entry, page, parent.level, parent.role.accessed_dirty()) {
-            Composed::Entry(value) => value,
-            Composed::Split(whole) => {
-                let wanted =
-                    TableKey { l1: page, level: parent.level - 1, role: parent.role.split(whole) };
-                let same = |child: &TableId| {
-                    self.pool.get(*child).is_some_and(|table| table.key == wanted)
-                };
-                if self.child(parent.level, old).as_ref().is_some_and(same) { old } else { EMPTY }
-            }
-        }
-    }
 }
+
+#[cfg(test)]
+mod invariants;
 
 #[cfg(test)]
 mod tests;
 
 #[cfg(test)]
 mod random;
+
+#[cfg(test)]
+mod whole;

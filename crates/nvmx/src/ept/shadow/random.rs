@@ -5,6 +5,7 @@
 //! entry may be used as it was at some moment that lies in such a time and after the last INVEPT
 //! there; and as it is now.
 
+use super::super::walk::shift;
 use super::tests::{Bed, Mapped, eptp, rules};
 use super::*;
 use crate::host::L1Memory;
@@ -12,6 +13,7 @@ use crate::testing::Event;
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use proptest::prelude::*;
+use vmx_defs::ept::EptEntryClass;
 
 const PROCESSORS: usize = 2;
 /// L1's pages from [`TABLES`] on that may be tables of any level.
