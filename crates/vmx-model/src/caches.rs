@@ -134,6 +134,7 @@ pub struct Caches {
     /// Shifts that any key has or had, as a bit mask, so that look-ups skip the others.
     shifts: u64,
     guest_shifts: u64,
+    log: Option<Log>,
 }
 
 impl Caches {
@@ -147,6 +148,7 @@ impl Caches {
             guest_structures: FxHashMap::default(),
             shifts: 0,
             guest_shifts: 0,
+            log: None,
         }
     }
 
@@ -300,47 +302,47 @@ impl Caches {
     /// INVLPG: the translations of the page for the current PCID, global ones whatever the PCID, and
     /// all paging-structure-cache entries of the current PCID.
     pub fn invlpg(&mut self, vpid: u16, pcid: u16, gva: Gva) {
-        self.drop_page(|space| space.vpid == vpid && (space.pcid == pcid || is_global(space)), gva);
+        self.drop(Scope::of(vpid, Pcids::OneAndGlobal(pcid)).at(gva));
         self.structures.retain(|key, _| !(key.space.vpid == vpid && key.space.pcid == pcid));
     }
 
     /// MOV to CR3 that names `pcid` (000H where PCIDs are disabled) with bit 63 clear: its
     /// translations but for global ones, and its paging-structure-cache entries.
     pub fn mov_to_cr3(&mut self, vpid: u16, pcid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid && space.pcid == pcid);
+        self.drop(Scope::of(vpid, Pcids::One(pcid)));
     }
 
     /// MOV to CR4 that changes PAE or sets SMEP: what belongs to the current PCID. (Whether global
     /// translations belong to it, the SDM leaves open; here they go.)
     pub fn mov_to_cr4(&mut self, vpid: u16, pcid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid && (space.pcid == pcid || is_global(space)));
+        self.drop(Scope::of(vpid, Pcids::OneAndGlobal(pcid)));
     }
 
     /// MOV to CR0 that clears PG, MOV to CR4 that changes PGE or clears PCIDE, INVPCID type 2 (all
     /// contexts, with globals): everything of the VPID.
     pub fn all_contexts(&mut self, vpid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid);
+        self.drop(Scope::of(vpid, Pcids::All));
     }
 
     /// INVPCID type 0 (individual address): mappings for the address and the PCID, but for global
     /// translations.
     pub fn invpcid_address(&mut self, vpid: u16, pcid: u16, gva: Gva) {
-        self.drop_path(|space| space.vpid == vpid && space.pcid == pcid, gva);
+        self.drop(Scope::of(vpid, Pcids::One(pcid)).at(gva));
     }
 
     /// INVPCID type 1 (single context): mappings of the PCID, but for global translations.
     pub fn invpcid_context(&mut self, vpid: u16, pcid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid && space.pcid == pcid);
+        self.drop(Scope::of(vpid, Pcids::One(pcid)));
     }
 
     /// INVPCID type 3 (all contexts): mappings of all PCIDs, but for global translations.
     pub fn invpcid_all_but_globals(&mut self, vpid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid && !is_global(space));
+        self.drop(Scope::of(vpid, Pcids::AllButGlobal));
     }
 
     /// A page fault: what would be used for the address, with the current PCID.
     pub fn page_fault(&mut self, vpid: u16, pcid: u16, gva: Gva) {
-        self.drop_path(|space| space.vpid == vpid && (space.pcid == pcid || is_global(space)), gva);
+        self.drop(Scope::of(vpid, Pcids::OneAndGlobal(pcid)).at(gva));
     }
 }
 
@@ -349,87 +351,223 @@ impl Caches {
     /// VM entry or VM exit with "enable VPID" 0: linear and combined mappings of VPID 0000H, for all
     /// PCIDs and EP4TAs.
     pub fn transition_without_vpid(&mut self) {
-        self.drop_spaces(|space| space.vpid == 0);
+        self.drop(Scope::of(0, Pcids::All));
     }
 
     /// VMFUNC that switches the EPTP with "enable VPID" 0: combined mappings of VPID 0000H, for all
     /// PCIDs and EP4TAs (S4; "EPTP Switching").
     pub fn eptp_switch_without_vpid(&mut self) {
-        self.drop_spaces(|space| space.vpid == 0 && space.ept.is_some());
+        self.drop(Scope { epts: Epts::Combined, ..Scope::of(0, Pcids::All) });
     }
 
     /// An EPT violation: guest-physical mappings that would be used for the guest-physical address
     /// with the current EP4TA. If it was the translation of a linear address, combined mappings for
     /// that address with the current tags as well.
     pub fn ept_violation(&mut self, ep4ta: u64, gpa: Gpa, translated: Option<(Space, Gva)>) {
-        for shift in PAGE_SHIFTS {
-            self.guest_translations.remove(&guest_key(ep4ta, shift, gpa));
-        }
-        for shift in TABLE_SHIFTS {
-            self.guest_structures.remove(&guest_key(ep4ta, shift, gpa));
-        }
-        if let Some((current, gva)) = translated {
-            let global = Space { pcid: GLOBAL, ..current };
-            self.drop_path(|space| *space == current || *space == global, gva);
-        }
+        let guests = Guests::Path(ep4ta, gpa);
+        self.drop(match translated {
+            Some((space, gva)) => Scope {
+                epts: Epts::One(ep4ta),
+                guests,
+                ..Scope::of(space.vpid, Pcids::OneAndGlobal(space.pcid)).at(gva)
+            },
+            None => Scope { guests, ..Scope::NOTHING },
+        });
     }
 
     /// INVEPT, single-context: guest-physical mappings of the EP4TA, and combined ones of it for all
     /// VPIDs and PCIDs.
     pub fn invept_single(&mut self, ep4ta: u64) {
-        self.drop_spaces(|space| space.ept == Some(ep4ta));
-        self.guest_translations.retain(|key, _| key.ep4ta != ep4ta);
-        self.guest_structures.retain(|key, _| key.ep4ta != ep4ta);
+        let guests = Guests::One(ep4ta);
+        self.drop(Scope { vpids: Vpids::All, epts: Epts::One(ep4ta), guests, ..Scope::NOTHING });
     }
 
     /// INVEPT, all-context: all guest-physical and combined mappings.
     pub fn invept_all(&mut self) {
-        self.drop_spaces(|space| space.ept.is_some());
-        self.guest_translations.clear();
-        self.guest_structures.clear();
+        let guests = Guests::All;
+        self.drop(Scope { vpids: Vpids::All, epts: Epts::Combined, guests, ..Scope::NOTHING });
     }
 
     /// INVVPID type 0 (individual address): mappings of the VPID for the address, for all PCIDs and
     /// EP4TAs, global ones too.
     pub fn invvpid_address(&mut self, vpid: u16, gva: Gva) {
-        self.drop_path(|space| space.vpid == vpid, gva);
+        self.drop(Scope::of(vpid, Pcids::All).at(gva));
     }
 
     /// INVVPID type 1 (single context): mappings of the VPID.
     pub fn invvpid_single(&mut self, vpid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid);
+        self.drop(Scope::of(vpid, Pcids::All));
     }
 
     /// INVVPID type 2 (all contexts): mappings of all VPIDs but 0000H.
     pub fn invvpid_all(&mut self) {
-        self.drop_spaces(|space| space.vpid != 0);
+        self.drop(Scope { vpids: Vpids::AllButZero, ..Scope::NOTHING });
     }
 
     /// INVVPID type 3 (single context, retaining globals): mappings of the VPID, but for global
     /// translations.
     pub fn invvpid_retaining_globals(&mut self, vpid: u16) {
-        self.drop_spaces(|space| space.vpid == vpid && !is_global(space));
+        self.drop(Scope::of(vpid, Pcids::AllButGlobal));
     }
 }
 
-/// How mappings go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Vpids {
+    None,
+    One(u16),
+    AllButZero,
+    All,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pcids {
+    All,
+    One(u16),
+    OneAndGlobal(u16),
+    AllButGlobal,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Epts {
+    /// Linear mappings, and combined ones of any EP4TA.
+    All,
+    /// Combined mappings of any EP4TA.
+    Combined,
+    One(u64),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Guests {
+    None,
+    /// What would be used for an address.
+    Path(u64, Gpa),
+    One(u64),
+    All,
+}
+
+/// The mappings that an operation must invalidate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Scope {
+    vpids: Vpids,
+    pcids: Pcids,
+    epts: Epts,
+    /// Only what would be used for this linear address.
+    gva: Option<Gva>,
+    guests: Guests,
+}
+
+impl Scope {
+    const NOTHING: Self = Self {
+        vpids: Vpids::None,
+        pcids: Pcids::All,
+        epts: Epts::All,
+        gva: None,
+        guests: Guests::None,
+    };
+
+    const fn of(vpid: u16, pcids: Pcids) -> Self {
+        Self { vpids: Vpids::One(vpid), pcids, ..Self::NOTHING }
+    }
+
+    const fn at(self, gva: Gva) -> Self {
+        Self { gva: Some(gva), ..self }
+    }
+
+    /// Whether linear and combined mappings with these tags are in the scope.
+    fn has_space(&self, space: &Space) -> bool {
+        let vpid = match self.vpids {
+            Vpids::None => false,
+            Vpids::One(vpid) => space.vpid == vpid,
+            Vpids::AllButZero => space.vpid != 0,
+            Vpids::All => true,
+        };
+        let pcid = match self.pcids {
+            Pcids::All => true,
+            Pcids::One(pcid) => space.pcid == pcid,
+            Pcids::OneAndGlobal(pcid) => space.pcid == pcid || space.pcid == GLOBAL,
+            Pcids::AllButGlobal => space.pcid != GLOBAL,
+        };
+        let ept = match self.epts {
+            Epts::All => true,
+            Epts::Combined => space.ept.is_some(),
+            Epts::One(ep4ta) => space.ept == Some(ep4ta),
+        };
+        vpid && pcid && ept
+    }
+
+    fn has(&self, key: &PageKey) -> bool {
+        self.has_space(&key.space) && self.gva.is_none_or(|gva| key.covers(gva))
+    }
+
+    fn has_guest(&self, key: &GuestKey) -> bool {
+        match self.guests {
+            Guests::None => false,
+            Guests::Path(ep4ta, gpa) => key.ep4ta == ep4ta && key.covers(gpa),
+            Guests::One(ep4ta) => key.ep4ta == ep4ta,
+            Guests::All => true,
+        }
+    }
+}
+
 impl Caches {
-    /// All mappings of the spaces that `gone` names; a global translation's space has the mark
-    /// [`GLOBAL`] for a PCID.
-    fn drop_spaces(&mut self, gone: impl Fn(&Space) -> bool) {
-        self.translations.retain(|key, _| !gone(&key.space));
-        self.structures.retain(|key, _| !gone(&key.space));
+    /// Drops what is in a scope.
+    fn drop(&mut self, scope: Scope) {
+        if scope.vpids != Vpids::None {
+            self.translations.retain(|key, _| !scope.has(key));
+            self.structures.retain(|key, _| !scope.has(key));
+        }
+        if scope.guests != Guests::None {
+            self.guest_translations.retain(|key, _| !scope.has_guest(key));
+            self.guest_structures.retain(|key, _| !scope.has_guest(key));
+        }
+        if let Some(log) = &mut self.log {
+            log.events.push((log.now, scope));
+        }
+    }
+}
+
+/// When what was invalidated: for whoever asks what a processor may still have cached.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Log {
+    now: u64,
+    events: Vec<(u64, Scope)>,
+}
+
+impl Caches {
+    /// Begins to keep a log, or sets its clock.
+    pub(crate) fn set_time(&mut self, now: u64) {
+        self.log.get_or_insert_default().now = now;
     }
 
-    /// Translations of the page that `gva` is in.
-    fn drop_page(&mut self, gone: impl Fn(&Space) -> bool, gva: Gva) {
-        self.translations.retain(|key, _| !(gone(&key.space) && key.covers(gva)));
+    /// Whether the same was invalidated at the same times.
+    pub(crate) fn has_same_log(&self, other: &Self) -> bool {
+        self.log == other.log
     }
 
-    /// Translations and paging-structure-cache entries that would be used for `gva`.
-    fn drop_path(&mut self, gone: impl Fn(&Space) -> bool, gva: Gva) {
-        self.drop_page(&gone, gva);
-        self.structures.retain(|key, _| !(gone(&key.space) && key.covers(gva)));
+    fn last(&self, until: u64, hit: impl Fn(&Scope) -> bool) -> u64 {
+        let Some(log) = &self.log else { return 0 };
+        let mut events = log.events.iter().rev();
+        events.find(|(time, scope)| *time <= until && hit(scope)).map_or(0, |(time, _)| *time)
+    }
+
+    /// Since when a linear or combined translation of a page may be cached, one that is global or
+    /// not.
+    pub(crate) fn since(&self, space: Space, gva: Gva, global: bool) -> u64 {
+        let space = if global { Space { pcid: GLOBAL, ..space } } else { space };
+        let key = page_key(space, 12, gva);
+        self.last(u64::MAX, |scope| scope.has(&key))
+    }
+
+    /// Since when a guest-physical mapping of a page may have been cached that was there at a time.
+    pub(crate) fn since_guest(&self, ep4ta: u64, gpa: Gpa, at: u64) -> u64 {
+        let key = guest_key(ep4ta, 12, gpa);
+        self.last(at, |scope| scope.has_guest(&key))
+    }
+}
+
+impl GuestKey {
+    fn covers(&self, gpa: Gpa) -> bool {
+        gpa.as_u64() >> self.shift == self.number
     }
 }
 
@@ -447,11 +585,6 @@ fn page_key(space: Space, shift: u8, gva: Gva) -> PageKey {
 #[inline]
 fn guest_key(ep4ta: u64, shift: u8, gpa: Gpa) -> GuestKey {
     GuestKey { ep4ta, shift, number: gpa.as_u64() >> shift }
-}
-
-#[inline]
-fn is_global(space: &Space) -> bool {
-    space.pcid == GLOBAL
 }
 
 #[cfg(test)]

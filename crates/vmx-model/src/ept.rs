@@ -39,7 +39,7 @@ impl PagingRights {
 }
 
 /// How an EPT walk fails.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Failure {
     Violation { rights: EptPermissions, suppress_ve: bool },
     Misconfiguration,
@@ -83,7 +83,21 @@ impl Processor {
                 return Ok(cached);
             }
         }
-        match self.walk_ept(memory, eptp, gpa, wanted) {
+        let linear = match purpose {
+            Purpose::Linear { gva, .. } | Purpose::Structure { gva } => Some(gva),
+            Purpose::Pdptes => None,
+        };
+        let walked = if self.chooser.is_some() {
+            self.choose_walk(memory, |processor, memory| {
+                // Nothing is cached: only where the page is makes a difference.
+                let found = processor.walk_ept(memory, eptp, gpa, wanted, linear)?;
+                let page = found.locate(gpa).page();
+                Ok(GuestTranslation { page, shift: 12, ept: EptPage::NONE })
+            })
+        } else {
+            self.walk_ept(memory, eptp, gpa, wanted, linear)
+        };
+        match walked {
             Ok(found) => Ok(found),
             Err(failure) => Err(self.ept_stop(eptp, gpa, wanted, purpose, failure)),
         }
@@ -96,12 +110,15 @@ impl Processor {
         eptp: Eptp,
         gpa: Gpa,
         wanted: EptPermissions,
+        linear: Option<Gva>,
     ) -> Result<GuestTranslation, Failure> {
         let none = EptPermissions::empty();
+        let since = self.ept_horizon(eptp, gpa, linear);
         if gpa.as_u64() >> WIDTH != 0 {
             return Err(Failure::Violation { rights: none, suppress_ve: true });
         }
         let ep4ta = eptp.table();
+        let unmarked = self.unmarked(eptp, since);
         let flags = eptp.accessed_dirty();
         let write = wanted.contains(EptPermissions::WRITE);
         // The span of a table with entries of 4-KByte pages is 21.
@@ -115,16 +132,25 @@ impl Processor {
         let page = loop {
             let shift = span - 9;
             let at = Hpa::new(table.as_u64() | (gpa.as_u64() >> shift & 0x1ff) << 3);
-            let entry = EptEntry::from(memory.read_u64(at));
+            let flags = flags && count >= unmarked;
+            let entry = self.ept_entry(memory, at, flags, since);
+            let stale = entry.into_bits() != memory.read_u64(at);
             let level = (shift - 12) / 9 + 1;
             match entry.classify(level, self.caps.ept_vpid, self.caps.physical_width) {
-                EptEntryClass::Misconfigured => return Err(Failure::Misconfiguration),
+                EptEntryClass::Misconfigured => {
+                    self.refuse_choice(stale);
+                    return Err(Failure::Misconfiguration);
+                }
                 EptEntryClass::NotPresent => {
+                    self.refuse_choice(stale);
                     let suppress_ve = entry.suppress_ve();
                     return Err(Failure::Violation { rights: none, suppress_ve });
                 }
                 class => {
                     rights &= entry.permissions();
+                    // A mapping that is cached is walked again for its dirty flag.
+                    let page = class == EptEntryClass::Page;
+                    self.refuse_choice(stale && page && flags && write && !entry.dirty());
                     used[count] = (at, entry);
                     count += 1;
                     if class == EptEntryClass::Page {
@@ -150,8 +176,11 @@ impl Processor {
 
         // SDM Vol. 3C, "Accessed and Dirty Flags for EPT".
         if flags {
-            for (index, (at, entry)) in used[..count].iter().enumerate() {
+            for (index, (at, entry)) in used[..count].iter().enumerate().skip(unmarked) {
                 let leaf = index + 1 == count;
+                if self.chooser.is_some() && memory.read_u64(*at) != entry.into_bits() {
+                    continue;
+                }
                 let marked = entry.with_accessed(true).with_dirty(entry.dirty() || leaf && write);
                 if marked != *entry {
                     memory.write_u64(*at, marked.into_bits());

@@ -13,6 +13,7 @@
 pub mod addr;
 pub mod caches;
 pub mod caps;
+pub mod checked;
 mod checks;
 mod entry;
 mod ept;
@@ -37,6 +38,7 @@ pub mod vmx;
 
 pub use addr::Gpa;
 pub use caps::ModelCaps;
+pub use checked::Checked;
 pub use machine::{Machine, Platform};
 pub use memory::Memory;
 pub use operation::Operation;

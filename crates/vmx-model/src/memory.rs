@@ -4,6 +4,7 @@
 //! ones, writes are swallowed, as on a bus where no device answers. Accesses of 4 and 8 bytes that
 //! are aligned are single, which is all the atomicity a model without threads needs.
 
+use rustc_hash::FxHashMap;
 use vmx_defs::Hpa;
 use vmx_defs::addr::PAGE_SIZE;
 
@@ -11,12 +12,22 @@ use vmx_defs::addr::PAGE_SIZE;
 #[derive(Clone, Debug)]
 pub struct Memory {
     words: Vec<u64>,
+    record: Option<Box<Record>>,
+}
+
+/// What was written, for whoever asks which values a processor may have read.
+#[derive(Clone, Debug, Default)]
+struct Record {
+    /// Index and old value of each word written since the last [`Memory::take_back`].
+    journal: Vec<(usize, u64)>,
+    /// For each word, its old values with the time until which each stood.
+    history: FxHashMap<usize, Vec<(u64, u64)>>,
 }
 
 impl Memory {
     /// `pages` pages of zeros.
     pub fn new(pages: usize) -> Self {
-        Self { words: vec![0; pages * (PAGE_SIZE as usize / 8)] }
+        Self { words: vec![0; pages * (PAGE_SIZE as usize / 8)], record: None }
     }
 
     /// Size in bytes.
@@ -33,7 +44,11 @@ impl Memory {
     /// Writes the aligned 8 bytes that `at` lies in.
     #[inline]
     pub fn write_u64(&mut self, at: Hpa, value: u64) {
-        if let Some(word) = self.words.get_mut((at.as_u64() >> 3) as usize) {
+        let index = (at.as_u64() >> 3) as usize;
+        if let Some(word) = self.words.get_mut(index) {
+            if let Some(record) = &mut self.record {
+                record.journal.push((index, *word));
+            }
             *word = value;
         }
     }
@@ -92,6 +107,75 @@ impl Memory {
         for byte in 0..u64::from(size) {
             self.write_u8(Hpa::new(at.as_u64().wrapping_add(byte)), (value >> (byte * 8)) as u8);
         }
+    }
+
+    /// Begins to keep a record of writes.
+    pub(crate) fn keep_record(&mut self) {
+        self.record = Some(Box::default());
+    }
+
+    /// Takes back all writes since the last time: the index and the new value of each word that
+    /// they changed.
+    pub(crate) fn take_back(&mut self) -> FxHashMap<usize, u64> {
+        let mut changed = FxHashMap::default();
+        let Some(record) = &mut self.record else { return changed };
+        for (index, old) in record.journal.drain(..).rev() {
+            changed.entry(index).or_insert(self.words[index]);
+            self.words[index] = old;
+        }
+        changed.retain(|index, new| self.words[*index] != *new);
+        changed
+    }
+
+    /// How much has been written, for [`Self::take_back_to`].
+    pub(crate) fn mark(&self) -> usize {
+        self.record.as_ref().map_or(0, |record| record.journal.len())
+    }
+
+    /// Takes back all writes since a mark, as [`Self::take_back`] does.
+    pub(crate) fn take_back_to(&mut self, mark: usize) -> FxHashMap<usize, u64> {
+        let Some(record) = &mut self.record else { return FxHashMap::default() };
+        let before = record.journal.drain(..mark).collect();
+        let changed = self.take_back();
+        if let Some(record) = &mut self.record {
+            record.journal = before;
+        }
+        changed
+    }
+
+    /// Changes words for good, at a time.
+    pub(crate) fn commit(&mut self, now: u64, changed: &FxHashMap<usize, u64>) {
+        let Some(record) = &mut self.record else { return };
+        for (index, new) in changed {
+            record.history.entry(*index).or_default().push((now, self.words[*index]));
+            self.words[*index] = *new;
+        }
+    }
+
+    /// The word of this index.
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        self.words[index]
+    }
+
+    /// The values that the `size` bytes (4 or 8, aligned) had after `since`, the present one not
+    /// among them, each once.
+    pub(crate) fn past_values(&self, at: Hpa, size: u8, since: u64) -> Vec<u64> {
+        let index = (at.as_u64() >> 3) as usize;
+        let part = |word: u64| {
+            if size == 4 { word >> ((at.as_u64() & 4) * 8) & 0xffff_ffff } else { word }
+        };
+        let Some(past) = self.record.as_ref().and_then(|record| record.history.get(&index)) else {
+            return Vec::new();
+        };
+        let present = part(self.read_u64(at));
+        let mut values = Vec::new();
+        for (until, value) in past {
+            let value = part(*value);
+            if *until > since && value != present && !values.contains(&value) {
+                values.push(value);
+            }
+        }
+        values
     }
 
     /// Copies from memory, with any alignment.

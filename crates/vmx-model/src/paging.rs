@@ -83,7 +83,7 @@ pub(crate) const fn is_valid_pdpte(pdpte: u64, physical_width: u8) -> bool {
 
 /// The formats of paging structures.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Mode {
+pub(crate) enum Mode {
     Bits32,
     Pae,
     FourLevel,
@@ -99,6 +99,8 @@ struct Used {
     value: u64,
     /// Log2 of the bytes it covers.
     shift: u8,
+    /// It is a cached value, whose flags are not set any more.
+    stale: bool,
 }
 
 /// Where paging ends.
@@ -299,7 +301,7 @@ impl Processor {
         Stop::Exception(Exception { address: Some(gva), ..exception })
     }
 
-    fn paging_mode(&self) -> Mode {
+    pub(crate) fn paging_mode(&self) -> Mode {
         if self.regs.is_ia32e() {
             Mode::FourLevel
         } else if self.regs.cr4 & cr4::PAE != 0 {
@@ -317,7 +319,12 @@ impl Processor {
         gva: Gva,
         access: Access,
     ) -> Flow<Walked> {
-        let mode = self.paging_mode();
+        let horizon = self.linear_horizon(space, gva);
+        let past = self.past_context(space, horizon);
+        let (mode, cr3, pdptes) = match past {
+            Some(past) => (past.mode, past.cr3, past.pdptes),
+            None => (self.paging_mode(), self.regs.cr3, self.regs.pdptes),
+        };
         let linear = gva.as_u64();
         let cached = self.caches.structure(space, gva).filter(|(span, _)| match mode {
             Mode::Bits32 => *span == 22,
@@ -329,12 +336,13 @@ impl Processor {
             Some((span, structure)) => (span, structure.gpa, Some(structure.table)),
             None => {
                 let (span, table) = match mode {
-                    Mode::FourLevel => (48, self.regs.cr3 & entry::FRAME),
-                    Mode::Bits32 => (32, self.regs.cr3 & 0xffff_f000),
+                    Mode::FourLevel => (48, cr3 & entry::FRAME),
+                    Mode::Bits32 => (32, cr3 & 0xffff_f000),
                     Mode::Pae => {
                         // Its reserved bits were judged when the register was loaded.
-                        let pdpte = self.regs.pdptes[(linear >> 30 & 3) as usize];
+                        let pdpte = pdptes[(linear >> 30 & 3) as usize];
                         if pdpte & entry::PRESENT == 0 {
+                            self.refuse_choice(past.is_some());
                             return Err(self.page_fault(gva, access, 0));
                         }
                         (30, pdpte & entry::FRAME)
@@ -359,21 +367,31 @@ impl Processor {
                 Some(table) => Hpa::new(table.as_u64() | position),
                 None => self.structure_access(memory, gpa, gva, false)?,
             };
-            let value = memory.read_sized(at, size);
+            let value = self.table_entry(memory, at, size, horizon);
+            // Of a past context, a cached table may be used, or a global translation as a whole.
+            let of_past = past.is_some_and(|past| count == 0 || past.space.pcid != space.pcid);
+            let stale = of_past || value != memory.read_sized(at, size);
+            self.refuse_choice(stale && value & entry::ACCESSED == 0);
             if value & entry::PRESENT == 0 {
+                self.refuse_choice(stale);
                 return Err(self.page_fault(gva, access, 0));
             }
             let leaf = shift == 12 || self.maps_large_page(mode, shift, value);
             if value & self.reserved(mode, shift, leaf) != 0 {
                 let code = code::PRESENT | code::RESERVED;
+                self.refuse_choice(stale);
                 return Err(self.page_fault(gva, access, code));
             }
             writable &= value & entry::WRITABLE != 0;
             user &= value & entry::USER != 0;
             no_execute |= mode != Mode::Bits32 && value & entry::NO_EXECUTE != 0;
-            used[count] = Used { gpa, at, value, shift };
+            used[count] = Used { gpa, at, value, shift, stale };
             count += 1;
+            let write = access.kind == Kind::Write;
+            self.refuse_choice(stale && leaf && write && value & entry::DIRTY == 0);
             if leaf {
+                let globals = past.map_or(self.regs.cr4 & cr4::PGE != 0, |past| past.globals);
+                self.judge_global(value & entry::GLOBAL != 0 && globals);
                 break;
             }
             table = Gpa::new(value & entry::FRAME);
@@ -404,10 +422,11 @@ impl Processor {
     fn set_flags(&mut self, memory: &mut Memory, gva: Gva, walked: &Walked, write: bool) -> Flow {
         for (index, used) in walked.used[..walked.count].iter().enumerate() {
             let flags = walked.flags(index, write);
-            if used.value & flags != flags {
+            if used.value & flags != flags && !used.stale {
                 // The entry is where the walk found it, also through a cached table.
                 self.structure_access(memory, used.gpa, gva, true)?;
                 let value = memory.read_sized(used.at, walked.size) | flags;
+                self.judge_mark(used.at, value);
                 memory.write_sized(used.at, walked.size, value);
             }
         }

@@ -16,6 +16,7 @@ use vmx_defs::{ExitReason, Hpa};
 
 use crate::caches::{Caches, Space};
 use crate::caps::ModelCaps;
+use crate::checked::{Chooser, Context};
 use crate::memory::Memory;
 use crate::operation::Operation;
 use crate::registers::{Registers, rflags};
@@ -96,6 +97,10 @@ pub struct Processor {
     /// The event that is being delivered through the IDT.
     pub(crate) delivering: Option<Event>,
     pub(crate) feature_control: u64,
+    /// Makes the processor use what it may have cached instead of what it has.
+    pub(crate) chooser: Option<Box<Chooser>>,
+    /// With a chooser: what translation has depended on, and since when.
+    pub(crate) contexts: Vec<(u64, Context)>,
     /// Time-stamp counter: one tick an operation.
     pub(crate) tsc: u64,
 }
@@ -121,6 +126,8 @@ impl Processor {
             pending_interrupt: None,
             delivering: None,
             feature_control: 5,
+            chooser: None,
+            contexts: Vec::new(),
             tsc: 0,
         }
     }
@@ -182,6 +189,21 @@ impl Processor {
     /// An external interrupt arrives. It is taken before the next operation, unless masked.
     pub fn signal_interrupt(&mut self, vector: u8) {
         self.pending_interrupt = Some(vector);
+    }
+
+    /// Whether two processors are in the same state, the log of invalidations included.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.regs == other.regs
+            && self.mode == other.mode
+            && self.vmxon == other.vmxon
+            && self.active == other.active
+            && self.current == other.current
+            && self.blocking == other.blocking
+            && self.nmi_blocked == other.nmi_blocked
+            && self.virtual_nmi_blocked == other.virtual_nmi_blocked
+            && self.activity == other.activity
+            && self.contexts == other.contexts
+            && self.caches.has_same_log(&other.caches)
     }
 
     /// The EPTP in use.

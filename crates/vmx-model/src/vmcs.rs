@@ -20,7 +20,7 @@ const LAUNCH_STATE: u64 = 8;
 const DATA: u64 = 16;
 
 /// An active VMCS.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Vmcs {
     values: Box<[u64; SLOTS]>,
     /// Whether the launch state is *launched*, else *clear*.
