@@ -83,11 +83,15 @@ impl Processor {
             Operation::Invpcid { kind, descriptor } => {
                 self.invpcid(memory, operation, kind, descriptor)?;
             }
-            Operation::Cpuid { leaf, subleaf } => {
+            Operation::Cpuid { leaf, .. } => {
                 if self.mode == VmxMode::NonRoot {
                     return exit(self.instruction_exit(operation, ExitReason::CPUID));
                 }
-                self.cpuid(leaf, subleaf);
+                let answer = self.cpuid(leaf);
+                let registers = [gpr::RAX, gpr::RBX, gpr::RCX, gpr::RDX];
+                for (number, value) in registers.into_iter().zip(answer) {
+                    self.regs.gprs[number] = value.into();
+                }
             }
             Operation::Rdmsr(index) => {
                 self.privileged()?;
@@ -153,8 +157,8 @@ impl Processor {
                 if self.regs.cr4 >> 18 & 1 == 0 {
                     return fault(Exception::UD);
                 }
-                self.always_exits(operation, ExitReason::XSETBV)?;
                 self.privileged()?;
+                self.always_exits(operation, ExitReason::XSETBV)?;
             }
             Operation::Int(number) => {
                 let length = operation.length();
@@ -267,29 +271,26 @@ impl Processor {
     }
 
     /// CPUID of a processor that has what the model implements. (SDM Vol. 2A, "CPUID".)
-    fn cpuid(&mut self, leaf: u32, _subleaf: u32) {
-        let (eax, ebx, ecx, edx): (u32, u32, u32, u32) = match leaf {
-            0 => (
+    /// What CPUID answers in EAX, EBX, ECX and EDX; no leaf has more than one part.
+    pub fn cpuid(&self, leaf: u32) -> [u32; 4] {
+        match leaf {
+            0 => [
                 7,
                 u32::from_le_bytes(*b"vmxm"),
                 u32::from_le_bytes(*b"sing"),
                 u32::from_le_bytes(*b"odel"),
-            ),
+            ],
             // PCID and VMX; PSE, MSR, PAE, SEP, PGE, PAT, PSE-36.
-            1 => (0x0006_0000, 0, 1 << 17 | 1 << 5, 0x0003_2868),
+            1 => [0x0006_0000, 0, 1 << 17 | 1 << 5, 0x0003_2868],
             // SMEP, INVPCID and SMAP.
-            7 => (0, 1 << 7 | 1 << 10 | 1 << 20, 0, 0),
-            0x8000_0000 => (0x8000_0008, 0, 0, 0),
+            7 => [0, 1 << 7 | 1 << 10 | 1 << 20, 0, 0],
+            0x8000_0000 => [0x8000_0008, 0, 0, 0],
             // SYSCALL, NX, 1-GByte pages, RDTSCP, Intel 64.
-            0x8000_0001 => (0, 0, 0, 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29),
+            0x8000_0001 => [0, 0, 0, 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29],
             0x8000_0008 => {
-                (u32::from(LINEAR_WIDTH) << 8 | u32::from(self.caps.physical_width), 0, 0, 0)
+                [u32::from(LINEAR_WIDTH) << 8 | u32::from(self.caps.physical_width), 0, 0, 0]
             }
-            _ => (0, 0, 0, 0),
-        };
-        let registers = [(gpr::RAX, eax), (gpr::RBX, ebx), (gpr::RCX, ecx), (gpr::RDX, edx)];
-        for (number, value) in registers {
-            self.regs.gprs[number] = value.into();
+            _ => [0; 4],
         }
     }
 

@@ -161,6 +161,18 @@ const GLOBAL: u64 = 1 << 8;
 /// Read, write, execute, write-back: an EPT leaf.
 pub const EPT_LEAF: u64 = 7 | 6 << 3;
 
+/// The pages that software can look at in the end: tables with their flags, and data.
+pub fn visible_pages(setup: &Setup) -> Vec<u64> {
+    let mut pages = vec![EPTP_LIST, L1_WINDOW_PT, OTHER_PT];
+    pages.extend((0..VIEWS).flat_map(|view| (1..=4).map(move |level| ept_table(view, level))));
+    pages.extend((guest::LONG..DATA).map(guest_structure));
+    pages.extend(
+        (0..3).flat_map(|view| (0..DATA_PAGES).map(move |number| guest_data(view, number))),
+    );
+    pages.extend((0..setup.processors).map(ve_area));
+    pages
+}
+
 /// Fills memory.
 pub fn initialise(platform: &mut impl Platform, caps: &ModelCaps, setup: &Setup) {
     let mut memory = Writer { platform };

@@ -281,6 +281,11 @@ impl Operation {
         }
     }
 
+    /// Whether the operation is an access to memory and nothing else.
+    pub fn is_access(&self) -> bool {
+        matches!(self, Self::Load { .. } | Self::Store { .. } | Self::Fetch { .. })
+    }
+
     /// Whether the operation ends in VMsucceed or VMfail.
     pub fn is_vmx(&self) -> bool {
         matches!(

@@ -50,6 +50,8 @@ pub struct Trace {
     pub seen: Vec<Seen>,
     /// Operations that the guest executed.
     pub guest_operations: u64,
+    /// Loads, stores and fetches among them.
+    pub guest_accesses: u64,
 }
 
 impl Trace {
@@ -145,6 +147,7 @@ impl<P: Platform> Session<'_, P> {
         let place = &mut self.places[processor];
         if place.in_guest {
             self.trace.guest_operations += 1;
+            self.trace.guest_accesses += u64::from(operation.is_access());
         }
         match outcome {
             Outcome::Exit(_) => place.in_guest = false,
@@ -383,17 +386,7 @@ impl<P: Platform> Session<'_, P> {
     /// What was seen, with memory at the end: tables with their flags, and data.
     pub fn finish(mut self) -> Trace {
         self.step = None;
-        let mut pages = vec![layout::EPTP_LIST, layout::L1_WINDOW_PT, layout::OTHER_PT];
-        pages.extend(
-            (0..layout::VIEWS)
-                .flat_map(|view| (1..=4).map(move |level| layout::ept_table(view, level))),
-        );
-        pages.extend((layout::guest::LONG..layout::DATA).map(layout::guest_structure));
-        pages.extend((0..3).flat_map(|view| {
-            (0..layout::DATA_PAGES).map(move |number| layout::guest_data(view, number))
-        }));
-        pages.extend((0..self.setup.processors).map(layout::ve_area));
-        for page in pages {
+        for page in layout::visible_pages(&self.setup) {
             for offset in (0..0x1000).step_by(8) {
                 let at = L1Gpa::new(page + offset);
                 let value = self.platform.peek(at);

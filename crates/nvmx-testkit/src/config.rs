@@ -1,0 +1,76 @@
+//! What may differ from one host to the next, without L1 seeing any of it?
+
+use nvmx::VmfuncMode;
+use vmx_defs::L1Gpa;
+use vmx_model::ModelCaps;
+use vmx_model::retention::Rng;
+
+/// Size of the pages with which EPT01 maps L1's RAM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Leaves {
+    /// 1 GByte.
+    Huge,
+    /// 2 MBytes, in place.
+    Large,
+    /// 4 KBytes, in place.
+    Small,
+    /// Each 2 MBytes of L1 by a page of that size or by 4-KByte pages, all somewhere in the host's
+    /// memory as the seed says.
+    Scattered(u64),
+}
+
+/// How the host of a [`crate::Nest`] is made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NestConfig {
+    /// The processors below.
+    pub hardware: ModelCaps,
+    /// Frames in the pool of shadow tables: 16 or more, more than twice the processors.
+    pub frames: u32,
+    /// Greatest number of shadow roots, beyond the number of processors: 1 or more.
+    pub roots: u32,
+    /// VMCSs of L1 that are kept out of its memory, beyond the number of processors: 1 or more.
+    pub vmcs_cache: usize,
+    /// How EPT01 maps L1's RAM.
+    pub leaves: Leaves,
+    /// Pages of L1's address space that L0 keeps to itself.
+    pub hidden: Vec<L1Gpa>,
+    /// What VMFUNC of L2 does.
+    pub vmfunc: VmfuncMode,
+}
+
+impl Default for NestConfig {
+    /// Plenty of everything, and EPT01 of the largest pages.
+    fn default() -> Self {
+        Self {
+            hardware: ModelCaps::default(),
+            frames: 512,
+            roots: 64,
+            vmcs_cache: 4,
+            leaves: Leaves::Huge,
+            hidden: Vec::new(),
+            vmfunc: VmfuncMode::Emulated,
+        }
+    }
+}
+
+impl NestConfig {
+    /// So few frames, roots and VMCSs that something has to be thrown out all the time.
+    pub fn scarce() -> Self {
+        Self { frames: 16, roots: 1, vmcs_cache: 1, ..Self::default() }
+    }
+
+    /// A host that follows from a seed.
+    pub fn random(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0xC0_4F16);
+        let frames = rng.pick(&[16, 16, 20, 24, 32, 64, 512]);
+        let roots = rng.pick(&[1, 1, 2, 3, 5, 64]);
+        let vmcs_cache = rng.pick(&[1, 1, 2, 4]);
+        let leaves = match rng.below(6) {
+            0 => Leaves::Huge,
+            1 => Leaves::Large,
+            2 => Leaves::Small,
+            _ => Leaves::Scattered(rng.next()),
+        };
+        Self { frames, roots, vmcs_cache, leaves, ..Self::default() }
+    }
+}

@@ -1,0 +1,41 @@
+//! What is where in the host's physical memory?
+//!
+//! L0's own memory is low, L1's RAM begins at 1 GByte, and nothing else exists: an address of one
+//! space that is taken for one of the other leads nowhere, or to a page that tells.
+
+use vmx_defs::Hpa;
+use vmx_defs::addr::PAGE_SIZE;
+use vmx_model::layout;
+
+/// A page of ones: what L1 reads where L0 hides something.
+pub(crate) const ONES: Hpa = Hpa::new(0x8000);
+/// L1's MSR bitmap, the same for all processors.
+pub(crate) const MSR_BITMAP: Hpa = Hpa::new(0x9000);
+/// Frames of the processors.
+const PROCESSORS: u64 = 0x1_0000;
+/// EPT01.
+pub(crate) const EPT01: u64 = 0x10_0000;
+/// The pool of shadow tables.
+pub(crate) const POOL: Hpa = Hpa::new(0x100_0000);
+/// The first byte of L1's RAM.
+pub(crate) const L1_RAM: u64 = 1 << 30;
+/// An address behind everything, for parts of L1's address space that have no place of their own.
+pub(crate) const NOWHERE: u64 = 2 << 30;
+
+/// Pages of the machine.
+pub(crate) const PAGES: usize = (L1_RAM / PAGE_SIZE) as usize + layout::PAGES;
+
+/// What a frame of a processor is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Use {
+    Vmxon,
+    Vmcs01,
+    Vmcs02,
+    MsrBitmap02,
+    Scratch,
+}
+
+/// A frame of one processor.
+pub(crate) const fn own(processor: usize, what: Use) -> Hpa {
+    Hpa::new(PROCESSORS + 0x8000 * processor as u64 + PAGE_SIZE * what as u64)
+}

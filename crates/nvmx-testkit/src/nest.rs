@@ -1,0 +1,411 @@
+//! How does L0 run L1 and its guest on a machine of the model?
+//!
+//! As the hypervisor does: every exit goes to L0, which keeps L1's few own ones to itself, hands the
+//! rest to the engine, and enters again at once whichever VMCS is current then. Between two
+//! operations each processor is in the guest that L1 believes to run there, so that it may hold on
+//! to whatever a running processor may.
+
+use nvmx::engine::Processor as EngineProcessor;
+use nvmx::host::{HostResult, Msrs, Vmx};
+use nvmx::inject::{self, Exception, Fault};
+use nvmx::paging::AddressSizes;
+use nvmx::{Config, Gprs, Handled, Nested, caps::Caps};
+use vmx_defs::event::{IntrInfo, vector};
+use vmx_defs::{EptPermissions, ExitReason, Field, Hpa, L1Gpa};
+use vmx_model::registers::{gpr, rflags};
+use vmx_model::{Machine, ModelCaps, Operation, Outcome, Platform, Retention, VmxMode, layout};
+
+use crate::caps;
+use crate::config::NestConfig;
+use crate::ept01::Ept01;
+use crate::frames::{self, Use};
+use crate::host::Host;
+use crate::vmcs01;
+
+/// Exits that one operation may take. Each is of a level of a walk, a byte or a table at most.
+const EXITS: usize = 2_000;
+
+/// What L1 was offered.
+#[derive(Debug)]
+pub(crate) struct Offer {
+    pub(crate) caps: Caps,
+}
+
+/// A machine with L0 and the engine on it: L1's platform.
+#[derive(Debug)]
+pub struct Nest {
+    machine: Machine,
+    nested: Nested,
+    processors: Vec<Vcpu>,
+    ept01: Ept01,
+    offer: Offer,
+    exits: u64,
+}
+
+/// What L0 keeps of a processor of L1.
+#[derive(Debug)]
+struct Vcpu {
+    engine: EngineProcessor,
+    launched: bool,
+    /// It is in shutdown.
+    dead: bool,
+}
+
+/// What an exit has come to.
+enum Next {
+    /// L1 goes on behind the instruction that exited.
+    Following,
+    /// L1 goes on where its state says.
+    Same,
+    /// L1 gets a fault.
+    Fault(Fault),
+    /// The engine has seen to it.
+    Engine(Handled),
+}
+
+/// What has been seen while an operation went on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Progress {
+    /// Nothing yet: the operation is to be executed, or executed again.
+    #[default]
+    None,
+    /// L0 has completed the instruction.
+    Completed,
+    /// An event is on its way to the guest.
+    Delivering,
+    /// L1's VM entry has succeeded.
+    Entering,
+}
+
+impl Nest {
+    /// A machine whose processors begin with L1's registers, all memory of L1 zero.
+    ///
+    /// # Panics
+    /// If the configuration is not one that the engine takes.
+    pub fn new(config: &NestConfig, retention: Retention, processors: usize) -> Self {
+        let hardware = &config.hardware;
+        let offer = Offer { caps: caps::offered(hardware) };
+        let registers = (0..processors).map(layout::l1_registers);
+        let mut machine = Machine::new(hardware, retention, frames::PAGES, registers);
+        for offset in (0..0x1000).step_by(8) {
+            machine.memory.write_u64(Hpa::new(frames::ONES.as_u64() + offset), u64::MAX);
+        }
+        let ept01 = Ept01::new(&mut machine.memory, config, offer.caps.physical_width);
+        let sizes =
+            AddressSizes { physical_width: offer.caps.physical_width, gigabyte_pages: true };
+        let nested = Nested::new(Config {
+            caps: offer.caps.clone(),
+            sizes,
+            frames: frames::POOL,
+            frame_count: config.frames,
+            roots: config.roots + processors as u32,
+            processors,
+            vmcs_cache: config.vmcs_cache + processors,
+            vmfunc: config.vmfunc,
+            ept01: ept01.eptp(),
+        });
+        let mut nest = Self { machine, nested, processors: Vec::new(), ept01, offer, exits: 0 };
+        nest.host(0).fill_msr_bitmap();
+        for processor in 0..processors {
+            if let Err(error) = nest.start(hardware, processor) {
+                panic!("processor {processor} can't be set up: {error:?}");
+            }
+        }
+        nest
+    }
+
+    fn host(&mut self, processor: usize) -> Host<'_> {
+        let Self { machine, ept01, offer, .. } = self;
+        Host { machine, ept01, offer, processor }
+    }
+
+    /// Brings a processor into VMX operation and L1 onto it.
+    fn start(&mut self, hardware: &ModelCaps, processor: usize) -> HostResult {
+        let own = |what| frames::own(processor, what);
+        let l1 = self.machine.processors[processor].regs.clone();
+        for region in [Use::Vmxon, Use::Vmcs01, Use::Vmcs02] {
+            self.machine.memory.write_u32(own(region), hardware.basic.revision());
+        }
+        self.machine.processors[processor].enter_root(own(Use::Vmxon));
+        let eptp = self.ept01.eptp();
+        let mut host = self.host(processor);
+        for region in [Use::Vmcs01, Use::Vmcs02] {
+            if let Err(failure) = host.root().vmclear(own(region)) {
+                panic!("VMCLEAR of a fresh region: {failure:?}");
+            }
+        }
+        host.vmptrld(own(Use::Vmcs01))?;
+        for (field, value) in vmcs01::fields(hardware, &l1, eptp) {
+            host.vmwrite(field, value)?;
+        }
+        host.set_masks(false)?;
+        let Self { machine, ept01, offer, nested, .. } = self;
+        let engine = nested.processor(
+            &mut Host { machine, ept01, offer, processor },
+            processor,
+            own(Use::Vmcs01),
+            own(Use::Vmcs02),
+            own(Use::MsrBitmap02),
+            own(Use::Scratch),
+        )?;
+        self.processors.push(Vcpu { engine, launched: false, dead: false });
+        match self.enter(processor) {
+            Outcome::Entered(None) => Ok(()),
+            other => panic!("the first entry of L1: {other:?}"),
+        }
+    }
+
+    /// The machine below.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The machine below, for a test that tampers with it.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    /// The engine's part that all processors share.
+    pub fn engine(&self) -> &Nested {
+        &self.nested
+    }
+
+    /// The engine's part of a processor.
+    pub fn engine_processor(&self, processor: usize) -> &EngineProcessor {
+        &self.processors[processor].engine
+    }
+
+    /// Number of exits to L0 so far.
+    pub fn exits(&self) -> u64 {
+        self.exits
+    }
+
+    fn field(&mut self, processor: usize, field: Field) -> u64 {
+        match self.host(processor).vmread(field) {
+            Ok(value) => value,
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+
+    /// Enters what is to run now. What comes back is as the program would see it, or an exit.
+    fn enter(&mut self, processor: usize) -> Outcome {
+        let vcpu = &mut self.processors[processor];
+        let l2 = vcpu.engine.runs_l2();
+        let launch = if l2 { vcpu.engine.needs_launch() } else { !vcpu.launched };
+        if !l2 {
+            vcpu.launched = true;
+        }
+        let mut root = self.machine.processors[processor].root(&mut self.machine.memory);
+        let entered = if launch { root.vmlaunch() } else { root.vmresume() };
+        match entered {
+            Ok(Outcome::Exit(reason)) if reason.is_entry_failure() => {
+                panic!("L{} can't be entered: {reason:?}", 1 + u8::from(l2))
+            }
+            Ok(outcome) => outcome,
+            Err(failure) => panic!("L{} can't be entered: {failure:?}", 1 + u8::from(l2)),
+        }
+    }
+
+    /// Handles an exit, of L1 or of L2. Whether the processor of L1 still runs.
+    fn handle(&mut self, processor: usize, reason: ExitReason) -> HostResult<bool> {
+        self.exits += 1;
+        let registers = &mut self.machine.processors[processor].regs;
+        let mut gprs = Gprs { values: registers.gprs };
+        let next = self.answer(processor, &mut gprs, reason)?;
+        let mut host = self.host(processor);
+        let runs = match next {
+            Next::Following => inject::advance_rip(&mut host).map(|()| true),
+            Next::Same | Next::Engine(Handled::Enter) => Ok(true),
+            Next::Fault(fault) => inject::deliver(&mut host, fault).map(|()| true),
+            Next::Engine(Handled::Shutdown) => Ok(false),
+            Next::Engine(Handled::NotMine) => panic!("{reason:?} of L1 was not asked for"),
+        };
+        let registers = &mut self.machine.processors[processor].regs;
+        gprs.values[gpr::RSP] = registers.gprs[gpr::RSP];
+        registers.gprs = gprs.values;
+        runs
+    }
+
+    fn answer(
+        &mut self,
+        processor: usize,
+        gprs: &mut Gprs,
+        reason: ExitReason,
+    ) -> HostResult<Next> {
+        let Self { machine, ept01, offer, nested, processors, .. } = self;
+        let mut host = Host { machine, ept01, offer, processor };
+        let vcpu = &mut processors[processor];
+        if vcpu.engine.runs_l2() {
+            return nested.l2_exit(&mut vcpu.engine, &mut host, gprs, reason).map(Next::Engine);
+        }
+        let was_vmx = vcpu.engine.in_vmx_operation();
+        match reason.basic() {
+            ExitReason::CPUID => {
+                let answer = host.machine.processors[processor].cpuid(gprs.values[gpr::RAX] as u32);
+                for (number, value) in
+                    [gpr::RAX, gpr::RBX, gpr::RCX, gpr::RDX].into_iter().zip(answer)
+                {
+                    gprs.values[number] = value.into();
+                }
+                Ok(Next::Following)
+            }
+            ExitReason::RDMSR => Ok(match host.read_msr(gprs.values[gpr::RCX] as u32) {
+                Ok(value) => {
+                    gprs.values[gpr::RAX] = value & 0xffff_ffff;
+                    gprs.values[gpr::RDX] = value >> 32;
+                    Next::Following
+                }
+                Err(_) => Next::Fault(Fault::Gp(0)),
+            }),
+            ExitReason::WRMSR => {
+                let low = |number: usize| gprs.values[number] & 0xffff_ffff;
+                let value = low(gpr::RDX) << 32 | low(gpr::RAX);
+                Ok(match host.write_msr(low(gpr::RCX) as u32, value) {
+                    Ok(()) => Next::Following,
+                    Err(_) => Next::Fault(Fault::Gp(0)),
+                })
+            }
+            ExitReason::CR_ACCESS => Ok(match host.control_register(gprs, was_vmx)? {
+                Ok(()) => Next::Following,
+                Err(fault) => Next::Fault(fault),
+            }),
+            // Of XCR0 there is one value; INVD is done as WBINVD, which has nothing to do.
+            ExitReason::XSETBV | ExitReason::INVD => Ok(Next::Following),
+            ExitReason::EPT_VIOLATION => {
+                // What L0 hides can be read; all else is #GP.
+                let vectoring = IntrInfo::from(host.vmread(Field::IDT_VECTORING_INFO)? as u32);
+                match inject::raise(&mut host, vectoring, Exception::new(vector::GP))? {
+                    inject::Outcome::Exception(_) => Ok(Next::Same),
+                    inject::Outcome::TripleFault => Ok(Next::Engine(Handled::Shutdown)),
+                }
+            }
+            ExitReason::TRIPLE_FAULT => Ok(Next::Engine(Handled::Shutdown)),
+            _ => {
+                let handled = nested.l1_exit(&mut vcpu.engine, &mut host, gprs, reason)?;
+                let is_vmx = vcpu.engine.in_vmx_operation();
+                if was_vmx != is_vmx {
+                    host.set_masks(is_vmx)?;
+                }
+                Ok(Next::Engine(handled))
+            }
+        }
+    }
+
+    /// The exit reason that L1, which runs, would read, without L1 noticing.
+    fn reason_for_l1(&mut self, processor: usize) -> ExitReason {
+        let gprs = self.machine.processors[processor].regs.gprs;
+        let encoding = Field::EXIT_REASON.encoding().into();
+        let read = Operation::Vmread { encoding };
+        let Machine { memory, processors } = &mut self.machine;
+        let outcome = processors[processor].execute(memory, &read);
+        let Outcome::Exit(reason) = outcome else { panic!("VMREAD of L1: {outcome:?}") };
+        let state = [Field::GUEST_RIP, Field::GUEST_RFLAGS];
+        let before = state.map(|field| (field, self.field(processor, field)));
+        let handled = self.handle(processor, reason);
+        assert_eq!(handled, Ok(true), "VMREAD of L1");
+        let value = self.machine.processors[processor].regs.gprs[gpr::RAX];
+        self.machine.processors[processor].regs.gprs = gprs;
+        for (field, value) in before {
+            if let Err(error) = self.host(processor).vmwrite(field, value) {
+                panic!("{error:?}");
+            }
+        }
+        match self.enter(processor) {
+            Outcome::Entered(None) => ExitReason::from_bits(value as u32),
+            other => panic!("L1 after VMREAD: {other:?}"),
+        }
+    }
+}
+
+impl Platform for Nest {
+    fn execute(&mut self, number: usize, operation: &Operation) -> Outcome {
+        if self.processors[number].dead {
+            return Outcome::Stopped;
+        }
+        let mut progress = Progress::None;
+        for _ in 0..EXITS {
+            let in_guest = self.machine.processors[number].mode() == VmxMode::NonRoot;
+            assert!(in_guest, "L0 has not entered");
+            let Machine { memory, processors } = &mut self.machine;
+            let mut outcome = processors[number].execute(memory, operation);
+            // As long as there is something to do for L0.
+            while let Outcome::Exit(reason) = outcome {
+                outcome = match self.exited(number, operation, reason, &mut progress) {
+                    Ok(outcome) => outcome,
+                    Err(seen) => return seen,
+                };
+            }
+            // An event that the processor delivers on entry is what the program sees.
+            match (progress, outcome) {
+                (Progress::Entering, Outcome::Entered(event)) => return Outcome::Entered(event),
+                (_, Outcome::Entered(Some(event))) => return Outcome::Delivered(event),
+                (Progress::Completed, Outcome::Entered(None)) => {
+                    return self.completed(number, operation);
+                }
+                (_, Outcome::Entered(None)) => {}
+                (_, seen) => return seen,
+            }
+        }
+        panic!("no progress: {operation:?}");
+    }
+
+    fn peek(&mut self, at: L1Gpa) -> u64 {
+        let at = self.ept01.translate(&self.machine.memory, at).hpa;
+        self.machine.memory.read_u64(at)
+    }
+
+    fn poke(&mut self, at: L1Gpa, value: u64) {
+        let mapping = self.ept01.translate(&self.machine.memory, at);
+        if mapping.permissions.contains(EptPermissions::WRITE) {
+            self.machine.memory.write_u64(mapping.hpa, value);
+        }
+    }
+}
+
+impl Nest {
+    /// Handles an exit that an operation, or the entry after an earlier one, has led to, and enters
+    /// again. `Err` is what the program sees in the end.
+    fn exited(
+        &mut self,
+        number: usize,
+        operation: &Operation,
+        reason: ExitReason,
+        progress: &mut Progress,
+    ) -> Result<Outcome, Outcome> {
+        let rip = self.field(number, Field::GUEST_RIP);
+        let was_l2 = self.processors[number].engine.runs_l2();
+        match self.handle(number, reason) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.processors[number].dead = true;
+                return Err(Outcome::Stopped);
+            }
+            Err(error) => panic!("{error:?} at {operation:?}, {reason:?}"),
+        }
+        let is_l2 = self.processors[number].engine.runs_l2();
+        let now = self.field(number, Field::GUEST_RIP);
+        let pending = IntrInfo::from(self.field(number, Field::ENTRY_INTR_INFO) as u32).valid();
+        let entered = self.enter(number);
+        let is_entry = matches!(reason, ExitReason::VMLAUNCH | ExitReason::VMRESUME);
+        match (was_l2, is_l2) {
+            (false, true) => *progress = Progress::Entering,
+            (true, false) => return Err(Outcome::Exit(self.reason_for_l1(number))),
+            // An entry that failed for its guest state loads the host state.
+            (false, false) if is_entry && !pending && now != rip.wrapping_add(3) => {
+                return Err(Outcome::Exit(self.reason_for_l1(number)));
+            }
+            _ if *progress == Progress::Entering => {}
+            _ if pending => *progress = Progress::Delivering,
+            _ if now != rip => *progress = Progress::Completed,
+            _ => {}
+        }
+        Ok(entered)
+    }
+
+    /// L0 has carried out an instruction in the place of the processor.
+    fn completed(&mut self, number: usize, operation: &Operation) -> Outcome {
+        let regs = &self.machine.processors[number].regs;
+        let flags = if operation.is_vmx() { regs.rflags & (rflags::CF | rflags::ZF) } else { 0 };
+        Outcome::Completed { value: operation.value(&regs.gprs), flags }
+    }
+}

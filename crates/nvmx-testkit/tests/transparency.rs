@@ -1,0 +1,65 @@
+//! Is a nest the machine that L1 believes in?
+//!
+//! Random programs on hosts of every kind. A failure prints a program of few steps, and is kept as a
+//! test of its own in `regressions.rs`.
+
+use nvmx_testkit::compare::hold;
+use nvmx_testkit::{Case, NestConfig};
+use vmx_model::Retention;
+use vmx_model::generate::{Invalidation, Profile};
+
+const EXACT: [Invalidation; 2] = [Invalidation::Everything, Invalidation::Sufficient];
+
+/// Cases of `seeds` under every policy of the caches.
+fn cases(
+    seeds: std::ops::Range<u64>,
+    profile: Profile,
+    config: impl Fn(u64) -> NestConfig,
+) -> impl Iterator<Item = Case> {
+    seeds.flat_map(move |seed| {
+        let config = config(seed);
+        [Retention::Everything, Retention::Random(seed), Retention::Nothing].map(|retention| Case {
+            seed,
+            profile,
+            retention,
+            config: config.clone(),
+        })
+    })
+}
+
+/// A random host with frames for a few processors: one that runs L2 without an exit may keep all
+/// that another has given up.
+fn roomy(seed: u64) -> NestConfig {
+    let config = NestConfig::random(seed);
+    NestConfig { frames: config.frames.max(256), ..config }
+}
+
+#[test]
+fn an_l1_that_invalidates_enough_sees_the_bare_machine() {
+    for invalidation in EXACT {
+        let profile = Profile { invalidation, ..Profile::default() };
+        hold(cases(0..1000, profile, |_| NestConfig::default()));
+    }
+}
+
+#[test]
+fn on_several_processors_too() {
+    for invalidation in EXACT {
+        let profile = Profile { invalidation, processors: 3, steps: 100, ..Profile::default() };
+        hold(cases(0..500, profile, roomy));
+    }
+}
+
+#[test]
+fn a_host_that_is_short_of_everything_is_no_different() {
+    for invalidation in EXACT {
+        let profile = Profile { invalidation, ..Profile::default() };
+        hold(cases(1000..1500, profile, |_| NestConfig::scarce()));
+    }
+}
+
+#[test]
+fn a_careless_l1_sees_what_some_processor_does() {
+    let profile = Profile { processors: 2, ..Profile::default() };
+    hold(cases(0..200, profile, roomy));
+}
