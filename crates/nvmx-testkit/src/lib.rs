@@ -19,7 +19,9 @@ mod ept01;
 mod frames;
 mod host;
 mod nest;
+pub mod seeds;
 mod vmcs01;
+pub mod walks;
 
 pub use compare::{Case, Failure, Report};
 pub use config::{Leaves, NestConfig};

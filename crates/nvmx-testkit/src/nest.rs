@@ -6,7 +6,7 @@
 //! to whatever a running processor may.
 
 use nvmx::engine::Processor as EngineProcessor;
-use nvmx::host::{HostResult, Msrs, Vmx};
+use nvmx::host::{HostResult, L1Mapping, Msrs, Vmx};
 use nvmx::inject::{self, Exception, Fault};
 use nvmx::paging::AddressSizes;
 use nvmx::{Config, Gprs, Handled, Nested, caps::Caps};
@@ -163,6 +163,11 @@ impl Nest {
     /// The machine below, for a test that tampers with it.
     pub fn machine_mut(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// Where an address of L1 leads.
+    pub fn translate(&self, at: L1Gpa) -> L1Mapping {
+        self.ept01.translate(&self.machine.memory, at)
     }
 
     /// The engine's part that all processors share.

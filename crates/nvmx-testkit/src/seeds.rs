@@ -1,0 +1,29 @@
+//! Which cases does a property run, and which one broke it?
+//!
+//! A case follows from its number alone. A test that fails says the number, and the same number runs
+//! that case again: with `NVMX_SEED` in the environment, each property runs it alone.
+
+/// Says, if the case panics, which it was.
+struct Case<'a> {
+    property: &'a str,
+    seed: u64,
+}
+
+impl Drop for Case<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Self { property, seed } = self;
+            eprintln!("{property}: seed {seed} (NVMX_SEED={seed} runs it alone)");
+        }
+    }
+}
+
+/// Runs the cases of a property.
+pub fn each(property: &str, count: u64, mut case: impl FnMut(u64)) {
+    let only = std::env::var("NVMX_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seeds = only.map_or(0..count, |seed: u64| seed..seed + 1);
+    for seed in seeds {
+        let _case = Case { property, seed };
+        case(seed);
+    }
+}
