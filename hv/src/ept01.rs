@@ -4,14 +4,13 @@
 //! The tables are built at once, with the largest pages that types and L0's borders allow. When L1
 //! changes an MTRR a second set is built and then put under the same root, so that a processor never
 //! walks a table that changes under it, and the EPT pointer is always the same. A set is filled anew
-//! only once no processor can have cached anything of it ([`generation`]).
-
-use core::sync::atomic::{AtomicU32, Ordering};
+//! only once no processor can have cached anything of it ([`nvmx::shootdown`]).
 
 use vmx_defs::ept::memory_type::{UC, WB, is_valid};
 use vmx_defs::{EptPermissions, Eptp, Hpa, L1Gpa};
 
 use nvmx::host::L1Mapping;
+use nvmx::shootdown::{Place, Request, Shootdown};
 
 use crate::mtrr::Mtrrs;
 use crate::phys::{PAGE, PAGE_1G, PAGE_2M, Span, direct};
@@ -30,14 +29,6 @@ const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8;
 /// bits; without 1G pages a directory is needed for each GiB, which is bounded to 512 GiB.
 pub(crate) const fn greatest_width(has_1g_pages: bool) -> u8 {
     if has_1g_pages { 48 } else { 39 }
-}
-
-static GENERATION: AtomicU32 = AtomicU32::new(0);
-
-/// Counts the sets that were put under the root. A processor that has executed INVEPT since it saw
-/// this number walks the current set only, or a later one.
-pub(crate) fn generation() -> u32 {
-    GENERATION.load(Ordering::Acquire)
 }
 
 /// One of the two sets of tables.
@@ -79,6 +70,8 @@ pub(crate) struct Ept01 {
     /// Everything below the root, twice.
     sets: [Tables; 2],
     current: usize,
+    /// Asks for the last set that left the root to be forgotten.
+    left: Option<Request>,
     mtrrs: Mtrrs,
 }
 
@@ -125,6 +118,7 @@ impl Ept01 {
             root,
             sets: [set(), set()],
             current: 1,
+            left: None,
             mtrrs: Mtrrs::read(width),
         };
         ept.build();
@@ -137,20 +131,20 @@ impl Ept01 {
     }
 
     /// Reads the MTRRs again, and builds the tables anew if they have changed. Returns `false`
-    /// where that has to wait, since `is_known` denies that all other processors have executed
-    /// INVEPT since this generation began: one may still walk the set that would be filled.
-    pub(crate) fn follow_mtrrs(&mut self, is_known: impl FnOnce(u32) -> bool) -> bool {
+    /// where that has to wait: a processor other than `own`, which calls, may still walk the set
+    /// that would be filled.
+    pub(crate) fn follow_mtrrs(&mut self, shootdown: &Shootdown, own: usize) -> bool {
         let mtrrs = Mtrrs::read(self.width);
         if mtrrs == self.mtrrs {
             return true;
         }
-        if !is_known(generation()) {
+        let walked = |left| !shootdown.is_complete(left, Place::Ept01, Some(own));
+        if self.left.is_some_and(walked) {
             return false;
         }
         self.mtrrs = mtrrs;
         self.build();
-        // The tables are complete before anyone sees the number.
-        GENERATION.fetch_add(1, Ordering::AcqRel);
+        self.left = Some(shootdown.request());
         true
     }
 

@@ -6,7 +6,7 @@
 
 use nvmx::Gprs;
 use nvmx::engine::Handled;
-use nvmx::host::{HostError, HostResult, InvEpt, Msrs, Vmx};
+use nvmx::host::{HostError, HostResult, Msrs, Vmx};
 use nvmx::inject::{self, Exception, Fault, Outcome};
 use nvmx::regs::{RAX, RBX, RCX, RDX};
 use vmx_defs::event::{Interruptibility, IntrInfo, kind, vector};
@@ -16,7 +16,6 @@ use vmx_defs::{ExitReason, Field, ProcCtls2};
 use crate::apic::{self, PageWrite};
 use crate::console::fail;
 use crate::counters::Level;
-use crate::ept01;
 use crate::guest_cpuid::{self, Mirrored};
 use crate::guest_cr;
 use crate::processor::Processor;
@@ -71,12 +70,11 @@ impl Vcpu {
         if self.host.memory_types_changed {
             self.follow_memory_types();
         }
-        let generation = ept01::generation();
-        if self.processor.knows() != generation {
-            self.host.invept(InvEpt::All)?;
-            self.processor.set_knows(generation);
-        }
         self.processor.begin_looking();
+        if self.shootdown.is_behind(self.processor.index as usize) {
+            let nested = &self.host.machine.nested;
+            nested.lock().catch_up(&mut self.engine, &mut self.host)?;
+        }
         if self.processor.reset_requested() && !self.engine.runs_l2() {
             self.reset(gprs)?;
         }
@@ -343,8 +341,9 @@ impl Vcpu {
     /// EPT01's leaves carry the memory types of the MTRRs, which L1 has changed. Where another
     /// processor has not exited since the last change, they follow at a later exit of this one.
     fn follow_memory_types(&mut self) {
-        let is_known = |generation| smp::all_know(self.processor, generation);
-        self.host.memory_types_changed = !self.host.machine.ept01.lock().follow_mtrrs(is_known);
+        let own = self.processor.index as usize;
+        let followed = self.host.machine.ept01.lock().follow_mtrrs(self.shootdown, own);
+        self.host.memory_types_changed = !followed;
     }
 
     /// An NMI that came while L0 ran was L1's.

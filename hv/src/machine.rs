@@ -1,10 +1,13 @@
 //! What do all processors of L0 share? The machine as it was found at boot: what L1 sees of memory,
 //! EPT01, what the processors can do and what L1 is offered of it.
 
+use alloc::sync::Arc;
+
 use arrayvec::ArrayVec;
 use nvmx::caps::{Caps, HardwareCaps};
 use nvmx::engine::Nested;
 use nvmx::paging::AddressSizes;
+use nvmx::shootdown::Shootdown;
 use spin::{Mutex, Once};
 
 use crate::ept01::Ept01;
@@ -27,6 +30,8 @@ pub(crate) struct Machine {
     pub(crate) caps: Caps,
     /// The engine's part that all processors share.
     pub(crate) nested: Mutex<Nested>,
+    /// Which processors have flushed since what.
+    pub(crate) shootdown: Arc<Shootdown>,
     /// What the processors have of VMX.
     pub(crate) hardware: HardwareCaps,
     /// What CPUID tells L1 about addresses.
@@ -69,6 +74,7 @@ impl Machine {
             ram,
             own: crate::region::own(),
             caps: nested.caps().clone(),
+            shootdown: nested.shootdown().clone(),
             nested: Mutex::new(nested),
             hardware,
             sizes,

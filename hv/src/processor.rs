@@ -70,8 +70,6 @@ pub(crate) struct Processor {
     reset: AtomicU32,
     /// The next NMI is a kick of another processor's.
     kicked: AtomicU32,
-    /// The generation of EPT01 that nothing it has cached is older than.
-    known: AtomicU32,
     descriptors: [u64; 5],
     task: TaskState,
 }
@@ -110,7 +108,6 @@ impl Processor {
             identifier,
             reset: AtomicU32::new(reset::POSSIBLE),
             kicked: AtomicU32::new(0),
-            known: AtomicU32::new(0),
             descriptors: [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0, 0],
             task,
         }));
@@ -260,16 +257,6 @@ impl Processor {
             self.nmi_owed.store(1, Ordering::SeqCst);
         }
         self.attention.store(1, Ordering::SeqCst);
-    }
-
-    /// The generation of EPT01 that nothing which the processor has cached is older than.
-    pub(crate) fn knows(&self) -> u32 {
-        self.known.load(Ordering::Acquire)
-    }
-
-    /// Says that the processor has executed INVEPT since it saw that EPT01 has this generation.
-    pub(crate) fn set_knows(&self, generation: u32) {
-        self.known.store(generation, Ordering::Release);
     }
 
     /// Says that the next NMI is a kick.

@@ -249,14 +249,6 @@ fn others(own: &Processor, is_target: impl Fn(&Processor) -> bool) -> Targets {
         .collect()
 }
 
-/// Whether no processor but `own` can have cached anything of an EPT01 from before `generation`. One
-/// that waits for its startup interrupt exits before it runs L1 again, and flushes then.
-pub(crate) fn all_know(own: &Processor, generation: u32) -> bool {
-    ALL.lock().iter().all(|processor| {
-        processor.index == own.index || processor.is_waiting() || processor.knows() == generation
-    })
-}
-
 /// A startup interrupt for every processor but `own` that `is_target` names and that waits for one;
 /// one by one, since in Bochs a broadcast ends with the first that leaves a guest for it.
 pub(crate) fn start_waiting(own: &Processor, vector: u8, is_target: impl Fn(&Processor) -> bool) {

@@ -9,6 +9,7 @@ use core::arch::x86_64::__cpuid;
 use nvmx::Gprs;
 use nvmx::engine;
 use nvmx::host::{HostResult, Vmx};
+use nvmx::shootdown::{Place, Shootdown};
 use vmx_defs::event::activity;
 use vmx_defs::msr::{self as number, Allowed, FeatureControl, VmxBasic};
 use vmx_defs::{EntryCtls, ExitCtls, Field, Hpa, PinCtls, ProcCtls, ProcCtls2};
@@ -68,6 +69,8 @@ pub(crate) struct Vcpu {
     pub(crate) processor: &'static Processor,
     /// What the engine keeps of the processor.
     pub(crate) engine: engine::Processor,
+    /// Says when its caches have to be flushed.
+    pub(crate) shootdown: &'static Shootdown,
     /// What happened on it.
     pub(crate) counters: Counters,
 }
@@ -185,7 +188,13 @@ impl Vcpu {
         guest_msr::fill_bitmap(unsafe { &mut *direct(frames.msr_bitmap.as_u64()) });
         let engine = set_up(&mut host, processor, frames, stack_top);
         match engine {
-            Ok(engine) => Ok(Box::new(Self { host, processor, engine, counters: Counters::new() })),
+            Ok(engine) => Ok(Box::new(Self {
+                host,
+                processor,
+                engine,
+                shootdown: &machine.shootdown,
+                counters: Counters::new(),
+            })),
             Err(error) => crate::console::fail(format_args!("vmcs01: {error:?}")),
         }
     }
@@ -243,6 +252,8 @@ impl Vcpu {
         *gprs = Gprs::default();
         gprs.set(nvmx::regs::RDX, crate::smp::signature());
         self.processor.set_waiting(true);
+        // Nothing of L1 runs before the startup interrupt, which is an exit.
+        self.shootdown.go(self.processor.index as usize, Place::Outside);
         Ok(())
     }
 
@@ -259,6 +270,7 @@ impl Vcpu {
         ] {
             host.vmwrite(field, value)?;
         }
+        self.shootdown.go(self.processor.index as usize, Place::Ept01);
         self.processor.set_waiting(false);
         Ok(())
     }

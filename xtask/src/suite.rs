@@ -60,6 +60,7 @@ pub(crate) fn test(workspace: &Workspace, bochs: Option<&Path>) -> Result<ExitCo
         tally.step(name, || lint::check(&mut command(workspace)).map(|()| ONE_PASSED));
     }
     tally.step("host tests", || host_tests(workspace));
+    tally.step("every order of a shootdown", || shootdown_orders(workspace));
     let before = tally.failures.len();
     tally.step("images", || images::build_all(workspace).map(|()| ONE_PASSED));
     if tally.failures.len() > before {
@@ -157,6 +158,19 @@ fn host_tests(workspace: &Workspace) -> Result<Counts> {
     doc.args(["test", "--quiet", "--doc"]).args(packages);
     counts = counts.plus(libtest_counts(&show_while_reading(&mut doc)?));
     ensure!(counts.failed == 0, "{counts}");
+    Ok(counts)
+}
+
+/// The engine's shootdown protocol under loom, which needs the engine built with loom's atomics:
+/// in a target folder of its own, or every other build would begin anew.
+fn shootdown_orders(workspace: &Workspace) -> Result<Counts> {
+    let mut cargo = workspace.cargo();
+    cargo
+        .args(["test", "--quiet", "--release", "--package=nvmx", "--test=shootdown"])
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", workspace.target.join("loom"));
+    let counts = libtest_counts(&show_while_reading(&mut cargo)?);
+    ensure!(counts.passed > 0, "no test ran");
     Ok(counts)
 }
 

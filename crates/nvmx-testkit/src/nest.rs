@@ -194,6 +194,13 @@ impl Nest {
 
     /// Enters what is to run now. What comes back is as the program would see it, or an exit.
     fn enter(&mut self, processor: usize) -> Outcome {
+        if self.nested.shootdown().is_behind(processor) {
+            let Self { machine, ept01, offer, nested, processors, .. } = self;
+            let mut host = Host { machine, ept01, offer, processor };
+            if let Err(error) = nested.catch_up(&mut processors[processor].engine, &mut host) {
+                panic!("{error:?}");
+            }
+        }
         let vcpu = &mut self.processors[processor];
         let l2 = vcpu.engine.runs_l2();
         let launch = if l2 { vcpu.engine.needs_launch() } else { !vcpu.launched };

@@ -3,7 +3,8 @@
 //! [`Nested`] is what all processors of L1 share, [`Processor`] what is one processor's own. The
 //! host hands over L1's exits for VMX instructions ([`Nested::l1_exit`]) and all exits of L2
 //! ([`Nested::l2_exit`]); afterwards the VMCS to enter is current, L1's or L2's as
-//! [`Processor::runs_l2`] says.
+//! [`Processor::runs_l2`] says. Before *every* VM entry, after all else, the host looks whether the
+//! processor [is behind](Shootdown::is_behind), and has it [catch up](Nested::catch_up) if so.
 
 use crate::cache::{VmcsCache, VmcsId};
 use crate::caps::Caps;
@@ -11,9 +12,11 @@ use crate::ept::{RootHint, Shadow, ShadowCounters, WalkRules};
 use crate::host::{Host, HostResult};
 use crate::msr_bitmap::MsrBitmap;
 use crate::paging::AddressSizes;
+use crate::shootdown::{Place, Shootdown};
 use crate::tlb::Vpids;
 use crate::vmcs12::{FieldSet, Vmcs12};
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use vmx_defs::controls::EPTP_LIST_LEN;
 use vmx_defs::ept::Eptp;
@@ -122,7 +125,7 @@ pub struct Processor {
 /// What the host has to do after an exit, besides entering the VMCS that is current.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Handled {
-    /// Nothing.
+    /// Nothing, but to [catch up](Nested::catch_up) as before every entry.
     Enter,
     /// The exit is not one that the engine knows: the host handles it as for any guest.
     NotMine,
@@ -183,7 +186,8 @@ impl Nested {
 
     /// A processor of the machine, with its number below [`Config::processors`]. `vmcs01` is
     /// current, with its host state complete; `vmcs02` has been cleared; `bitmap` and `scratch` are
-    /// frames for the processor alone. Afterwards `vmcs01` is current again.
+    /// frames for the processor alone. Afterwards `vmcs01` is current again, and the processor is
+    /// taken to run L1, until the host says in [`Self::shootdown`] that it does not.
     ///
     /// # Errors
     /// Those of the VMX instructions.
@@ -224,6 +228,7 @@ impl Nested {
             }
         }
         host.vmptrld(vmcs01)?;
+        self.shadow.shootdown().go(number, Place::Ept01);
         Ok(Processor {
             number,
             vmcs01,
@@ -243,6 +248,23 @@ impl Nested {
             list_hints: Box::new([RootHint::default(); EPTP_LIST_LEN as usize]),
             counters: ProcessorCounters::default(),
         })
+    }
+
+    /// What says which processors have flushed since what. The host keeps it where it can look at it
+    /// without a lock.
+    pub fn shootdown(&self) -> &Arc<Shootdown> {
+        self.shadow.shootdown()
+    }
+
+    /// Brings a processor up to date that [is behind](Shootdown::is_behind): to be called before
+    /// each VM entry where it is, with the VMCS current that is to be entered. For what may still
+    /// come between this look and the entry see [`crate::shootdown`].
+    ///
+    /// # Errors
+    /// [`HostError`](crate::HostError): a bug of the engine or its host; the machine can't go on.
+    #[cold]
+    pub fn catch_up(&mut self, processor: &mut Processor, host: &mut impl Host) -> HostResult {
+        self.shadow.flush_if_behind(host, processor.number)
     }
 
     /// What L1 is offered.

@@ -209,7 +209,7 @@ impl Nested {
         }
 
         if vmcs.has_ept() {
-            self.shadow.flush_if_asked(host, processor.number)?;
+            self.shadow.enter(processor.number);
         }
         if let Some(vmcs) = self.vmcss.get_mut(id) {
             vmcs.launch_state = LaunchState::Launched;

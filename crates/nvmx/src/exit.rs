@@ -92,8 +92,6 @@ impl Nested {
         gprs: &mut Gprs,
         reason: ExitReason,
     ) -> HostResult<Handled> {
-        // At each exit, so that no processor keeps others waiting for frames while it runs L2.
-        self.shadow.flush_if_asked(host, processor.number)?;
         if reason == ExitReason::VMFUNC {
             processor.launched = true;
             return self.vmfunc(processor, host, gprs);

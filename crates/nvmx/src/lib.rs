@@ -27,6 +27,7 @@ mod msr_area;
 mod msr_bitmap;
 pub mod paging;
 pub mod regs;
+pub mod shootdown;
 #[cfg(test)]
 pub mod testing;
 pub mod tlb;
@@ -37,3 +38,4 @@ mod vmx;
 pub use engine::{Config, Handled, Nested, Processor, VmfuncMode};
 pub use host::{Host, HostError, HostResult};
 pub use regs::Gprs;
+pub use shootdown::{Place, Request, Shootdown};

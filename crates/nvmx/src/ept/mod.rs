@@ -9,6 +9,5 @@ mod role;
 mod shadow;
 mod walk;
 
-pub use pool::Epoch;
 pub use shadow::{Resolution, RootHint, Shadow, ShadowCounters};
 pub use walk::{Path, Step, Walk, WalkRules, walk};

@@ -2,10 +2,10 @@
 //!
 //! A frame that leaves a shadow EPT may still be known to a processor's paging-structure caches
 //! (SDM Vol. 3C, "Caching Translation Information"), so it waits as *pending* until an all-context
-//! INVEPT has run on every processor that was in L2 when it left. The flush is asked for by an
-//! epoch: a processor whose epoch is behind flushes before it enters L2 again ([`Epoch`]).
+//! INVEPT has run on every processor that was in L2 when it left ([`crate::shootdown`]).
 
 use super::role::Role;
+use crate::shootdown::{Place, Request, Shootdown};
 use alloc::vec::Vec;
 use hashbrown::HashTable;
 use vmx_defs::{Hpa, L1Gpa};
@@ -94,10 +94,6 @@ impl Table {
     }
 }
 
-/// A number that grows with each all-context flush that the engine asks for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct Epoch(u64);
-
 /// The pool of shadow tables: a contiguous range of frames, a table each.
 #[derive(Debug)]
 pub(super) struct Pool {
@@ -105,9 +101,8 @@ pub(super) struct Pool {
     tables: Vec<Table>,
     index: HashTable<u32>,
     free: Vec<u32>,
-    /// Frames that wait for a flush, with the epoch that frees them.
-    pending: Vec<(u32, Epoch)>,
-    epoch: Epoch,
+    /// Frames that wait for a flush, with the request for it, if it was made.
+    pending: Vec<(u32, Option<Request>)>,
 }
 
 const NO_KEY: TableKey = TableKey { l1: L1Gpa::new(u64::MAX), level: 0, role: Role::NONE };
@@ -125,7 +120,6 @@ impl Pool {
             index: HashTable::with_capacity(2 * count),
             free,
             pending: Vec::with_capacity(count),
-            epoch: Epoch::default(),
         }
     }
 
@@ -142,12 +136,6 @@ impl Pool {
     /// Number of frames that wait for a flush.
     pub(super) fn waiting(&self) -> usize {
         self.pending.len()
-    }
-
-    /// The epoch that a processor must have reached before it enters L2.
-    #[inline]
-    pub(super) fn epoch(&self) -> Epoch {
-        self.epoch
     }
 
     /// Address of the table's frame.
@@ -201,22 +189,32 @@ impl Pool {
         if let Ok(entry) = self.index.find_entry(hash, |other| *other == id.0) {
             entry.remove();
         }
-        self.pending.push((id.0, Epoch(self.epoch.0 + 1)));
+        self.pending.push((id.0, None));
     }
 
-    /// Asks every processor to flush, if frames wait for it: a new epoch begins.
-    pub(super) fn ask_flush(&mut self) {
-        if self.pending.iter().any(|(_, epoch)| *epoch > self.epoch) {
-            self.epoch = Epoch(self.epoch.0 + 1);
+    /// Asks every processor to flush, if there are frames for which nobody has. Nothing points to
+    /// them any more.
+    pub(super) fn ask_flush(&mut self, shootdown: &Shootdown) {
+        let mut made = None;
+        for (_, request) in &mut self.pending {
+            if request.is_none() {
+                *request = Some(*made.get_or_insert_with(|| shootdown.request()));
+            }
         }
     }
 
-    /// Frees the frames that no processor can still know: `oldest` is the least epoch among the
-    /// processors that are in L2.
-    pub(super) fn collect(&mut self, oldest: Epoch) {
+    /// Frees the frames that no processor but `acting` can still know, which is not in L2 now.
+    pub(super) fn collect(&mut self, shootdown: &Shootdown, acting: usize) {
         let free = &mut self.free;
-        self.pending.retain(|(id, epoch)| {
-            let ripe = *epoch <= oldest;
+        let mut last = None;
+        self.pending.retain(|(id, request)| {
+            let Some(request) = *request else { return true };
+            // Frames of one request follow each other.
+            let ripe = match last {
+                Some((same, ripe)) if same == request => ripe,
+                _ => shootdown.is_complete(request, Place::Shadow, Some(acting)),
+            };
+            last = Some((request, ripe));
             if ripe {
                 free.push(*id);
             }
@@ -246,21 +244,27 @@ mod tests {
 
     #[test]
     fn a_released_frame_waits_until_every_running_processor_has_flushed() {
+        let shootdown = Shootdown::new(2);
+        shootdown.go(1, Place::Shadow);
+        let flush = || shootdown.flush_if_behind(1, || Ok::<(), ()>(())).unwrap();
         let mut pool = Pool::new(Hpa::new(0x10_0000), 2);
         let first = pool.take(key(1)).unwrap();
         let second = pool.take(key(2)).unwrap();
         assert_eq!(pool.take(key(3)), None);
         assert_eq!(pool.find(key(1)), Some(first));
+        shootdown.request();
         pool.release(first);
         assert_eq!(pool.find(key(1)), None);
-        let before = pool.epoch();
-        pool.collect(before);
-        assert_eq!(pool.available(), 0, "nobody has flushed");
-        pool.ask_flush();
-        pool.collect(before);
-        assert_eq!(pool.available(), 0, "one processor runs on with the old epoch");
-        pool.collect(pool.epoch());
-        assert_eq!(pool.available(), 1);
+        flush();
+        pool.collect(&shootdown, 0);
+        assert_eq!(pool.available(), 0, "what was asked before it left does not count");
+        pool.ask_flush(&shootdown);
+        pool.release(second);
+        pool.collect(&shootdown, 0);
+        assert_eq!(pool.available(), 0, "the other processor has not flushed");
+        flush();
+        pool.collect(&shootdown, 0);
+        assert_eq!((pool.available(), pool.waiting()), (1, 1), "for the second nobody has asked");
         assert_eq!(pool.id(pool.hpa(second)), Some(second));
         assert_eq!(pool.id(Hpa::new(0xf_f000)), None);
         assert_eq!(pool.id(Hpa::new(0x10_2000)), None);
@@ -268,6 +272,7 @@ mod tests {
 
     #[test]
     fn every_frame_comes_back_and_no_key_is_lost() {
+        let shootdown = Shootdown::new(1);
         let mut pool = Pool::new(Hpa::new(0x10_0000), 64);
         for round in 0..10 {
             let ids: alloc::vec::Vec<_> =
@@ -279,14 +284,15 @@ mod tests {
                 pool.release(id);
             }
             assert_eq!(pool.waiting(), 64);
-            pool.ask_flush();
-            pool.collect(pool.epoch());
+            pool.ask_flush(&shootdown);
+            pool.collect(&shootdown, 0);
             assert_eq!(pool.available(), pool.capacity());
         }
     }
 
     #[test]
     fn the_index_never_grows_and_so_never_allocates() {
+        let shootdown = Shootdown::new(1);
         let mut pool = Pool::new(Hpa::new(0x10_0000), 97);
         let room = pool.index.capacity();
         for round in 0..1000 {
@@ -295,8 +301,8 @@ mod tests {
             for id in ids {
                 pool.release(id);
             }
-            pool.ask_flush();
-            pool.collect(pool.epoch());
+            pool.ask_flush(&shootdown);
+            pool.collect(&shootdown, 0);
             assert_eq!(pool.index.capacity(), room);
         }
     }

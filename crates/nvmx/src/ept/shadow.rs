@@ -26,10 +26,12 @@ mod reclaim;
 mod renew;
 
 use super::compose::{EMPTY, set_flags};
-use super::pool::{Epoch, Pool, Table, TableId, TableKey, bits, mix};
+use super::pool::{Pool, Table, TableId, TableKey, bits, mix};
 use super::role::Role;
 use super::walk::{Walk, WalkRules, index, qualification, walk, wanted};
 use crate::host::{Host, HostError, HostResult, InvEpt};
+use crate::shootdown::{Place, Shootdown};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use hashbrown::HashTable;
 use vmx_defs::ept::{EptEntry, EptPermissions, EptViolation, Eptp, memory_type};
@@ -86,8 +88,6 @@ struct Root {
 struct Processor {
     /// The root that L2 runs on, while it does.
     root: Option<RootId>,
-    /// The last epoch whose flush it has done.
-    epoch: Epoch,
     /// When L1 last executed an all-context INVEPT on it.
     invalidated: u64,
     /// For each root, when it was last in use here; [`NEVER`] after an INVEPT.
@@ -96,12 +96,7 @@ struct Processor {
 
 impl Processor {
     fn new(roots: usize) -> Self {
-        Self {
-            root: None,
-            epoch: Epoch::default(),
-            invalidated: NEVER,
-            last_use: alloc::vec![NEVER; roots],
-        }
+        Self { root: None, invalidated: NEVER, last_use: alloc::vec![NEVER; roots] }
     }
 
     /// Stamps a use of the root.
@@ -141,6 +136,8 @@ pub struct Shadow {
     /// When an entry was last composed that others than the root in use may reach.
     last_change: u64,
     counters: ShadowCounters,
+    /// Which processors have flushed since what.
+    shootdown: Arc<Shootdown>,
 }
 
 impl Shadow {
@@ -159,6 +156,7 @@ impl Shadow {
             clock: NEVER,
             last_change: NEVER,
             counters: ShadowCounters::default(),
+            shootdown: Arc::new(Shootdown::new(processors)),
         }
     }
 
@@ -291,21 +289,30 @@ impl Shadow {
         Ok(Some(RootId(id)))
     }
 
-    /// To be called at each VM entry of L1 on a shadow root and at each exit of L2: does the flush
-    /// that a reclaim on another processor asked for since this one last did one.
+    /// Which processors have flushed since what was taken away.
+    pub fn shootdown(&self) -> &Arc<Shootdown> {
+        &self.shootdown
+    }
+
+    /// The processor is about to run L2 on the root that [`Self::switch`] found, having run L1.
+    /// [`Self::flush_if_behind`] must follow.
+    #[inline]
+    pub fn enter(&mut self, processor: usize) {
+        self.shootdown.go(processor, Place::Shadow);
+    }
+
+    /// To be called before each VM entry, after all else: flushes if this was asked for since it
+    /// last did.
     ///
     /// # Errors
     /// [`HostError::InvEpt`].
     #[inline]
-    pub fn flush_if_asked(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
-        let epoch = self.pool.epoch();
-        let state = self.processors.get_mut(processor).ok_or(HostError::WrongState)?;
-        if state.epoch != epoch {
-            state.epoch = epoch;
-            self.counters.invepts += 1;
-            host.invept(InvEpt::All)?;
-        }
-        Ok(())
+    pub fn flush_if_behind(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
+        let counters = &mut self.counters;
+        self.shootdown.flush_if_behind(processor, || {
+            counters.invepts += 1;
+            host.invept(InvEpt::All)
+        })
     }
 
     /// The processor runs L2 no longer: its root may be reclaimed.
@@ -315,6 +322,7 @@ impl Shadow {
         if let Some(id) = state.root.take() {
             self.clock += 1;
             state.used(id, self.clock);
+            self.shootdown.go(processor, Place::Ept01);
         }
     }
 

@@ -269,6 +269,9 @@ impl Rig {
 
     /// What became of L1.
     pub fn end(&mut self, cpu: usize, handled: Handled) -> End {
+        if self.nested.shootdown().is_behind(cpu) {
+            self.nested.catch_up(&mut self.cpus[cpu], &mut self.host).unwrap();
+        }
         if handled == Handled::Shutdown {
             assert!(!self.cpus[cpu].runs_l2());
             return End::Shutdown;

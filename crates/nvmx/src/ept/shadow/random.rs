@@ -319,7 +319,8 @@ fn switch(bed: &mut Bed, oracle: &mut Oracle, processor: usize, eptp: Eptp) {
     if bed.shadow.switch(&mut bed.host, processor, eptp, hint).unwrap().is_none() {
         return;
     }
-    bed.shadow.flush_if_asked(&mut bed.host, processor).unwrap();
+    bed.shadow.enter(processor);
+    bed.shadow.flush_if_behind(&mut bed.host, processor).unwrap();
     oracle.run(processor, Some(eptp));
 }
 
@@ -328,7 +329,7 @@ fn access(bed: &mut Bed, oracle: &mut Oracle, processor: usize, gpa: u64, access
     let needed = u64::from(wanted(access, eptp.accessed_dirty()).bits());
     let says = walk_now(bed, eptp, gpa);
     let Some(answer) = bed.access(processor, gpa, access) else { return };
-    bed.shadow.flush_if_asked(&mut bed.host, processor).unwrap();
+    bed.shadow.flush_if_behind(&mut bed.host, processor).unwrap();
     match (answer, says) {
         (Resolution::Filled, Ok((rights, _))) => assert_eq!(rights & needed, needed),
         (Resolution::Violation(told), Ok((rights, _))) => {

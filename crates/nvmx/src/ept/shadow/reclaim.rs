@@ -3,7 +3,7 @@
 use super::super::compose::EMPTY;
 use super::super::pool::{bits, mix};
 use super::{RootId, Shadow};
-use crate::host::{Host, HostResult};
+use crate::host::{Host, HostResult, InvEpt};
 
 impl Shadow {
     /// Makes sure that `count` frames can be taken, by giving up what was least recently used.
@@ -40,16 +40,19 @@ impl Shadow {
                 }
             }
         }
-        self.pool.ask_flush();
-        self.flush_if_asked(host, processor)?;
-        self.collect();
+        self.free_released(host, processor)?;
         Ok(self.pool.available() >= count)
     }
 
-    fn collect(&mut self) {
-        let running = self.processors.iter().filter(|processor| processor.root.is_some());
-        let oldest = running.map(|processor| processor.epoch).min();
-        self.pool.collect(oldest.unwrap_or(self.pool.epoch()));
+    /// Has the frames that were given up flushed out of all caches, and frees those that are.
+    fn free_released(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
+        self.pool.ask_flush(&self.shootdown);
+        // This processor needs them now. That it has flushed is for its next entry to note, since
+        // there may be more to do for another's request than this.
+        self.counters.invepts += 1;
+        host.invept(InvEpt::All)?;
+        self.pool.collect(&self.shootdown, processor);
+        Ok(())
     }
 
     /// Gives up the least recently used root that no processor runs on; `false` if there is none.
@@ -91,9 +94,6 @@ impl Shadow {
     pub fn drop_all(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
         self.leave(processor);
         while self.drop_oldest(host) {}
-        self.pool.ask_flush();
-        self.flush_if_asked(host, processor)?;
-        self.collect();
-        Ok(())
+        self.free_released(host, processor)
     }
 }

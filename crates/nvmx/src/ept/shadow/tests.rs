@@ -110,7 +110,8 @@ impl Bed {
         let mut hint = RootHint::default();
         let eptp02 =
             self.shadow.switch(&mut self.host, processor, eptp, &mut hint).unwrap().unwrap();
-        self.shadow.flush_if_asked(&mut self.host, processor).unwrap();
+        self.shadow.enter(processor);
+        self.shadow.flush_if_behind(&mut self.host, processor).unwrap();
         eptp02
     }
 
@@ -836,7 +837,7 @@ fn a_processor_waits_for_frames_that_others_hold_and_gets_them() {
     assert_eq!(bed.shadow.switch(&mut bed.host, 1, next, &mut RootHint::default()), Ok(None));
     bed.shadow.check(&bed.host);
     assert_eq!(bed.access(0, 0, READ), None);
-    bed.shadow.flush_if_asked(&mut bed.host, 0).unwrap();
+    bed.shadow.flush_if_behind(&mut bed.host, 0).unwrap();
     bed.switch(1, next);
     bed.shadow.check(&bed.host);
 }
