@@ -71,18 +71,23 @@ impl Vcpu {
             self.follow_memory_types();
         }
         self.processor.begin_looking();
-        if self.shootdown.is_behind(self.processor.index as usize) {
+        if self.engine.is_behind() {
             let nested = &self.host.machine.nested;
             nested.lock().catch_up(&mut self.engine, &mut self.host)?;
         }
-        if self.processor.reset_requested() && !self.engine.runs_l2() {
+        if self.engine.runs_l2() {
+            // INIT and NMIs for L1 wait until it runs again, which its own interrupts bring about.
+            self.processor.set_launch(self.engine.needs_launch());
+            return Ok(());
+        }
+        if self.processor.reset_requested() {
             self.reset(gprs)?;
         }
         if self.processor.owes_nmi() {
             self.pass_owed_nmi()?;
         }
         // L1's own VMCS is launched for good at the start.
-        self.processor.set_launch(self.engine.runs_l2() && self.engine.needs_launch());
+        self.processor.set_launch(false);
         Ok(())
     }
 
@@ -348,10 +353,6 @@ impl Vcpu {
 
     /// An NMI that came while L0 ran was L1's.
     fn pass_owed_nmi(&mut self) -> HostResult {
-        if self.engine.runs_l2() {
-            // L1 gets it when it runs again, which its own interrupts bring about.
-            return Ok(());
-        }
         let pending = IntrInfo::from(self.host.vmread(Field::ENTRY_INTR_INFO)? as u32);
         let blocked = Interruptibility::from_bits_retain(
             self.host.vmread(Field::GUEST_INTERRUPTIBILITY)? as u32,

@@ -194,7 +194,7 @@ impl Nest {
 
     /// Enters what is to run now. What comes back is as the program would see it, or an exit.
     fn enter(&mut self, processor: usize) -> Outcome {
-        if self.nested.shootdown().is_behind(processor) {
+        if self.processors[processor].engine.is_behind() {
             let Self { machine, ept01, offer, nested, processors, .. } = self;
             let mut host = Host { machine, ept01, offer, processor };
             if let Err(error) = nested.catch_up(&mut processors[processor].engine, &mut host) {

@@ -4,7 +4,7 @@
 //! host hands over L1's exits for VMX instructions ([`Nested::l1_exit`]) and all exits of L2
 //! ([`Nested::l2_exit`]); afterwards the VMCS to enter is current, L1's or L2's as
 //! [`Processor::runs_l2`] says. Before *every* VM entry, after all else, the host looks whether the
-//! processor [is behind](Shootdown::is_behind), and has it [catch up](Nested::catch_up) if so.
+//! processor [is behind](Processor::is_behind), and has it [catch up](Nested::catch_up) if so.
 
 use crate::cache::{VmcsCache, VmcsId};
 use crate::caps::Caps;
@@ -12,7 +12,7 @@ use crate::ept::{RootHint, Shadow, ShadowCounters, WalkRules};
 use crate::host::{Host, HostResult};
 use crate::msr_bitmap::MsrBitmap;
 use crate::paging::AddressSizes;
-use crate::shootdown::{Place, Shootdown};
+use crate::shootdown::{Place, Request, Shootdown};
 use crate::tlb::Vpids;
 use crate::vmcs12::{FieldSet, Vmcs12};
 use alloc::boxed::Box;
@@ -95,6 +95,9 @@ pub struct ProcessorCounters {
 #[derive(Debug)]
 pub struct Processor {
     pub(crate) number: usize,
+    shootdown: Arc<Shootdown>,
+    /// The last request that it has flushed for, as in `shootdown`.
+    flushed_for: Request,
     pub(crate) vmcs01: Hpa,
     pub(crate) vmcs02: Hpa,
     /// The VMXON region, while L1 is in VMX operation.
@@ -228,9 +231,12 @@ impl Nested {
             }
         }
         host.vmptrld(vmcs01)?;
-        self.shadow.shootdown().go(number, Place::Ept01);
+        let shootdown = self.shadow.shootdown().clone();
+        shootdown.go(number, Place::Ept01);
         Ok(Processor {
             number,
+            shootdown,
+            flushed_for: Request::default(),
             vmcs01,
             vmcs02,
             vmxon: None,
@@ -256,7 +262,7 @@ impl Nested {
         self.shadow.shootdown()
     }
 
-    /// Brings a processor up to date that [is behind](Shootdown::is_behind): to be called before
+    /// Brings a processor up to date that [is behind](Processor::is_behind): to be called before
     /// each VM entry where it is, with the VMCS current that is to be entered. For what may still
     /// come between this look and the entry see [`crate::shootdown`].
     ///
@@ -264,7 +270,8 @@ impl Nested {
     /// [`HostError`](crate::HostError): a bug of the engine or its host; the machine can't go on.
     #[cold]
     pub fn catch_up(&mut self, processor: &mut Processor, host: &mut impl Host) -> HostResult {
-        self.shadow.flush_if_behind(host, processor.number)
+        processor.flushed_for = self.shadow.flush_if_behind(host, processor.number)?;
+        Ok(())
     }
 
     /// What L1 is offered.
@@ -313,6 +320,12 @@ impl Processor {
     #[inline]
     pub fn needs_launch(&self) -> bool {
         !self.launched
+    }
+
+    /// Whether it has to [catch up](Nested::catch_up) before it enters a guest. Needs no lock.
+    #[inline]
+    pub fn is_behind(&self) -> bool {
+        self.shootdown.last() != self.flushed_for
     }
 
     /// Whether L1 is in VMX operation on this processor.

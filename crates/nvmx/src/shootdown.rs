@@ -17,8 +17,8 @@
 //!
 //! Each processor, on its way to a guest:
 //! 1. says where it goes ([`Shootdown::go`]), if it was elsewhere;
-//! 2. looks whether it [is behind](Shootdown::is_behind), and if so flushes, and only then notes that
-//!    it has ([`Shootdown::flush_if_behind`]).
+//! 2. looks whether there is a request that it has not flushed for, and if so flushes, and only then
+//!    notes that it has ([`Shootdown::flush_if_behind`]).
 //!
 //! The embedding hypervisor has one more duty, between the last look and the VM entry: a request that
 //! comes there finds the processor pending, which is right, but the interrupt or NMI that is to make
@@ -55,8 +55,8 @@ pub enum Place {
     Shadow,
 }
 
-/// A number that grows with each request.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+/// A number that grows with each request; before the first it is the default.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Request(u64);
 
 /// What one processor says. On a cache line of its own, which only it writes.
@@ -136,16 +136,14 @@ impl Shootdown {
         self.pending(request, least, acting).next().is_none()
     }
 
-    /// Whether the processor that calls has to flush before it enters a guest.
+    /// The last request. A processor that has flushed for it is up to date.
     #[inline]
-    pub fn is_behind(&self, processor: usize) -> bool {
-        self.slots.get(processor).is_none_or(|slot| {
-            self.wanted.load(Ordering::Acquire) != slot.done.load(Ordering::Relaxed)
-        })
+    pub fn last(&self) -> Request {
+        Request(self.wanted.load(Ordering::Acquire))
     }
 
-    /// Has `flush` execute an all-context INVEPT, if the processor that calls is behind, and notes
-    /// that it did.
+    /// Has `flush` execute an all-context INVEPT, if the processor that calls has not done so since
+    /// the last request, and notes that it did. Returns the request that it now has flushed for.
     ///
     /// # Errors
     /// Those of `flush`; nothing is noted then.
@@ -154,15 +152,17 @@ impl Shootdown {
         &self,
         processor: usize,
         flush: impl FnOnce() -> Result<(), E>,
-    ) -> Result<(), E> {
-        let Some(slot) = self.slots.get(processor) else { return flush() };
+    ) -> Result<Request, E> {
         // Before the flush: a request that comes later is not honoured by it.
-        let wanted = self.wanted.load(Ordering::Acquire);
-        if slot.done.load(Ordering::Relaxed) != wanted {
+        let wanted = self.last();
+        let slot = self.slots.get(processor);
+        if slot.is_none_or(|slot| slot.done.load(Ordering::Relaxed) != wanted.0) {
             flush()?;
-            slot.done.store(wanted, Ordering::Release);
+            if let Some(slot) = slot {
+                slot.done.store(wanted.0, Ordering::Release);
+            }
         }
-        Ok(())
+        Ok(wanted)
     }
 
     /// The processor that calls says where it goes, or what it has left. On the way to a guest the
@@ -188,7 +188,7 @@ mod tests {
             done = true;
             Ok::<(), ()>(())
         });
-        assert_eq!(flushed, Ok(()));
+        assert_eq!(flushed, Ok(shootdown.last()));
         done
     }
 
@@ -217,8 +217,7 @@ mod tests {
         assert!(flush(&all, 1));
         assert_eq!(pending(&all, request, Place::Ept01), []);
         // Those who were elsewhere still have to.
-        assert!(all.is_behind(0) && flush(&all, 0) && flush(&all, 3));
-        assert!(!all.is_behind(0));
+        assert!(flush(&all, 0) && flush(&all, 3) && !flush(&all, 0));
     }
 
     #[test]
@@ -235,6 +234,6 @@ mod tests {
         assert!(all.is_complete(first, Place::Ept01, None));
         assert_eq!(pending(&all, second.unwrap(), Place::Ept01), [0]);
         assert_eq!(all.flush_if_behind(0, || Err(7)), Err(7));
-        assert!(all.is_behind(0), "a flush that failed is none");
+        assert!(flush(&all, 0), "a flush that failed is none");
     }
 }

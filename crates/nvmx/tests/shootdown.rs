@@ -101,7 +101,7 @@ impl Processor {
                 *tlb = None;
                 Ok::<(), ()>(())
             };
-            shootdown.flush_if_behind(self.number, flush).unwrap();
+            let _ = shootdown.flush_if_behind(self.number, flush).unwrap();
         }
     }
 

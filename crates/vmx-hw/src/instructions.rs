@@ -96,6 +96,18 @@ pub unsafe fn vmptrst() -> Hpa {
     Hpa::new(pointer)
 }
 
+/// How a VMREAD or VMWRITE failed, of which one condition was asked: it is CF where there is no
+/// current VMCS (SDM Vol. 3C, "Conventions").
+///
+/// # Safety
+/// As [`vmptrst`].
+#[cold]
+unsafe fn why() -> VmFail {
+    // SAFETY: the caller's promise is the same.
+    let current = unsafe { vmptrst() };
+    if current == Hpa::new(u64::MAX) { VmFail::Invalid } else { VmFail::Valid }
+}
+
 /// VMREAD of a raw encoding, for tests of encodings that no [`Field`] has.
 ///
 /// # Errors
@@ -106,22 +118,21 @@ pub unsafe fn vmptrst() -> Hpa {
 #[inline(always)]
 pub unsafe fn vmread_raw(encoding: u64) -> VmxResult<u64> {
     let value: u64;
-    let (cf, zf): (u8, u8);
+    let failed: u8;
     // SAFETY: register operands only; the rest is the caller's promise.
     unsafe {
         asm!(
             "vmread {value}, {encoding}",
-            "setc {cf}",
-            "setz {zf}",
+            "setbe {failed}",
             encoding = in(reg) encoding,
             value = lateout(reg) value,
-            cf = lateout(reg_byte) cf,
-            zf = lateout(reg_byte) zf,
+            failed = lateout(reg_byte) failed,
             // The VMCS is no memory that Rust knows of.
             options(nomem, nostack),
         );
     }
-    verdict(cf, zf).map(|()| value)
+    // SAFETY: where VMREAD did not fault, VMPTRST does not either.
+    if failed == 0 { Ok(value) } else { Err(unsafe { why() }) }
 }
 
 /// VMREAD: the value of a field of the current VMCS.
@@ -151,12 +162,11 @@ pub unsafe fn vmwrite_raw(encoding: u64, value: u64) -> VmxResult {
     unsafe {
         asm!(
             "vmwrite {encoding}, {value}",
-            "jc {invalid}",
-            "jz {valid}",
+            "jbe {failed}",
             encoding = in(reg) encoding,
             value = in(reg) value,
-            invalid = label { return Err(VmFail::Invalid) },
-            valid = label { return Err(VmFail::Valid) },
+            // SAFETY: where VMWRITE did not fault, VMPTRST does not either.
+            failed = label { return Err(unsafe { why() }) },
             // The VMCS is no memory that Rust knows of.
             options(nomem, nostack),
         );

@@ -30,7 +30,7 @@ use super::pool::{Pool, Table, TableId, TableKey, bits, mix};
 use super::role::Role;
 use super::walk::{Walk, WalkRules, index, qualification, walk, wanted};
 use crate::host::{Host, HostError, HostResult, InvEpt};
-use crate::shootdown::{Place, Shootdown};
+use crate::shootdown::{Place, Request, Shootdown};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use hashbrown::HashTable;
@@ -302,12 +302,16 @@ impl Shadow {
     }
 
     /// To be called before each VM entry, after all else: flushes if this was asked for since it
-    /// last did.
+    /// last did. Returns the last request, for which it now has.
     ///
     /// # Errors
     /// [`HostError::InvEpt`].
     #[inline]
-    pub fn flush_if_behind(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
+    pub fn flush_if_behind(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+    ) -> HostResult<Request> {
         let counters = &mut self.counters;
         self.shootdown.flush_if_behind(processor, || {
             counters.invepts += 1;

@@ -269,7 +269,7 @@ impl Rig {
 
     /// What became of L1.
     pub fn end(&mut self, cpu: usize, handled: Handled) -> End {
-        if self.nested.shootdown().is_behind(cpu) {
+        if self.cpus[cpu].is_behind() {
             self.nested.catch_up(&mut self.cpus[cpu], &mut self.host).unwrap();
         }
         if handled == Handled::Shutdown {
