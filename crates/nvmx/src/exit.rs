@@ -194,6 +194,7 @@ impl Nested {
             Outcome::Exception(exception)
                 if vmcs.get(Field::EXCEPTION_BITMAP) >> (exception.vector & 31) & 1 != 0 =>
             {
+                inject::set_resume_flag(host, exception)?;
                 self.reflect(processor, host, Some(ExitInfo::exception(exception)))
             }
             Outcome::Exception(_) => {

@@ -9,9 +9,10 @@
 //!
 //! All functions act on the current VMCS.
 
-use crate::host::{HostResult, Vmx};
+use crate::host::{HostResult, InvVpid, Vmx};
 use crate::insn::is_64_bit;
 use crate::paging::{CR0_PE, PageFault, RFLAGS_RF, RFLAGS_TF, Untranslated};
+use crate::tlb::VPID01;
 use vmx_defs::event::{Interruptibility, IntrInfo, kind, vector};
 use vmx_defs::{Field, Gva};
 
@@ -212,27 +213,42 @@ pub fn raise(
         host.write_cr2(address);
     }
     if let Outcome::Exception(exception) = outcome {
-        if exception.is_fault() {
-            // Injection pushes RFLAGS as the guest-state area has it, whatever the event (SDM
-            // Vol. 3C, "Details of Vectored-Event Injection").
-            let rflags = host.vmread(Field::GUEST_RFLAGS)?;
-            if rflags & RFLAGS_RF == 0 {
-                host.vmwrite(Field::GUEST_RFLAGS, rflags | RFLAGS_RF)?;
-            }
-        }
+        // Injection pushes RFLAGS as the guest-state area has it, whatever the event (SDM Vol. 3C,
+        // "Details of Vectored-Event Injection").
+        set_resume_flag(host, exception)?;
         let protected = host.vmread(Field::GUEST_CR0)? & CR0_PE != 0;
         Event::of_exception(exception, protected).apply(host)?;
     }
     Ok(outcome)
 }
 
-/// Delivers the fault of an instruction that exited. Nothing else was being delivered: instructions
-/// are not executed during event delivery.
+/// Makes RFLAGS in the guest-state area what an exception pushes, or an exit due to it saves: RF is 1
+/// for a fault (SDM Vol. 3C, "Saving RIP, RSP, RFLAGS, and SSP").
 ///
 /// # Errors
 /// [`crate::HostError`] of VMREAD or VMWRITE.
+pub fn set_resume_flag(host: &mut impl Vmx, exception: Exception) -> HostResult {
+    if exception.is_fault() {
+        let rflags = host.vmread(Field::GUEST_RFLAGS)?;
+        if rflags & RFLAGS_RF == 0 {
+            host.vmwrite(Field::GUEST_RFLAGS, rflags | RFLAGS_RF)?;
+        }
+    }
+    Ok(())
+}
+
+/// Delivers the fault of an instruction of L1 that exited. Nothing else was being delivered:
+/// instructions are not executed during event delivery.
+///
+/// # Errors
+/// [`crate::HostError`] of VMREAD, VMWRITE or INVVPID.
 pub fn deliver(host: &mut impl Vmx, fault: Fault) -> HostResult {
     if let Some(exception) = fault.exception() {
+        if exception.address.is_some() {
+            // A page fault leaves nothing cached for its address (SDM Vol. 3A, "Operations that
+            // Invalidate TLBs and Paging-Structure Caches"); L0's walk knows nothing of caches.
+            host.invvpid(InvVpid::Single(VPID01))?;
+        }
         raise(host, IntrInfo::new(), exception)?;
     }
     Ok(())
@@ -395,6 +411,8 @@ mod tests {
             assert_eq!(host.field(Field::ENTRY_EXCEPTION_ERROR), error);
             assert_eq!(host.cr2.as_u64(), cr2);
             assert_eq!(host.field(Field::GUEST_RFLAGS), 0x202 | RFLAGS_RF);
+            let flushes: &[_] = if cr2 == 0 { &[] } else { &[InvVpid::Single(VPID01)] };
+            assert_eq!(host.invvpids, flushes);
         }
         let mut host = TestHost::new(0);
         deliver(&mut host, Fault::Retry).unwrap();

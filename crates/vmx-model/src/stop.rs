@@ -69,8 +69,9 @@ impl Event {
     /// instruction (SDM Vol. 3B, "Instruction-Breakpoint Exception Condition"). VM entry pushes what
     /// it has loaded.
     pub(crate) fn flags(&self, flags: u64) -> u64 {
-        let fault =
-            self.info.kind() == kind::HARDWARE_EXCEPTION && self.info.vector() != vector::DB;
+        // #DB is raised as a trap here, #DF is an abort.
+        let fault = self.info.kind() == kind::HARDWARE_EXCEPTION
+            && !matches!(self.info.vector(), vector::DB | vector::DF);
         match (self.injected, fault) {
             (false, true) => flags | rflags::RF,
             (false, false) if self.is_software() => flags & !rflags::RF,

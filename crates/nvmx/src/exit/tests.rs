@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::host::{InvVpid, L1Memory};
+use crate::paging::RFLAGS_RF;
 use crate::regs::RAX;
 use crate::testing::rig::{
     EPT, EXIT_LOAD, EXIT_STORE, End, HOST_RIP, MSR_BITMAP, PAGING, Rig, VMCS, values, vmcs01,
@@ -416,6 +417,8 @@ fn an_msr_that_l0_keeps_and_does_not_have_is_gp() {
     let told = IntrInfo::from(rig.vmread(0, Field::EXIT_INTR_INFO) as u32);
     assert_eq!(told, IntrInfo::exception(vector::GP, true));
     assert_eq!(rig.vmread(0, Field::EXIT_INTR_ERROR), 0);
+    // As the fault would have pushed it.
+    assert_ne!(rig.vmread(0, Field::GUEST_RFLAGS) & RFLAGS_RF, 0);
 }
 
 #[test]
