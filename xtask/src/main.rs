@@ -1,5 +1,5 @@
 //! What can a person do with this repository? `cargo xtask`, the only entry point: build, run,
-//! test, bench, iso and lint.
+//! test, fuzz, bench, iso and lint.
 
 mod bench;
 mod bochs;
@@ -9,6 +9,7 @@ mod deviations;
 mod exact;
 mod fixtures;
 mod foreign;
+mod fuzz;
 mod guard;
 mod images;
 mod lint;
@@ -80,6 +81,18 @@ enum Task {
         suite: bench::Suite,
         #[command(flatten)]
         emulator: EmulatorArgs,
+    },
+    /// Look for programs that can tell the engine from a processor
+    ///
+    /// Runs random programs on the engine over the model of a processor, and compares what L1 sees
+    /// with the bare model. `--minutes N --seed S` says for how long, and which ones; a failure
+    /// prints the program, made as small as it can be, and the command that runs it again
+    /// (`--program SEED`). `fuzz --help` tells the rest.
+    #[command(disable_help_flag = true)]
+    Fuzz {
+        /// What the fuzzer is told
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
     },
     /// Write a bootable CD or USB image for a real machine
     ///
@@ -245,6 +258,7 @@ fn perform(cli: Cli) -> Result<ExitCode> {
             bench::bench(&workspace, &bochs, *suite)?;
         }
         Task::Iso(args) => iso(&workspace, args)?,
+        Task::Fuzz { arguments } => match fuzz::fuzz(&workspace, arguments)? {},
         Task::Lint => lint::lint(&workspace)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,7 @@
 //! What may differ from one host to the next, without L1 seeing any of it?
 
+use std::fmt;
+
 use nvmx::VmfuncMode;
 use vmx_defs::L1Gpa;
 use vmx_model::ModelCaps;
@@ -72,5 +74,21 @@ impl NestConfig {
             _ => Leaves::Scattered(rng.next()),
         };
         Self { frames, roots, vmcs_cache, leaves, ..Self::default() }
+    }
+}
+
+impl fmt::Display for NestConfig {
+    /// All of it, but for a processor that is the default one.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { hardware, frames, roots, vmcs_cache, leaves, hidden, vmfunc } = self;
+        write!(
+            f,
+            "NestConfig {{ frames: {frames}, roots: {roots}, vmcs_cache: {vmcs_cache}, \
+             leaves: {leaves:?}, hidden: {hidden:?}, vmfunc: {vmfunc:?}"
+        )?;
+        if *hardware != ModelCaps::default() {
+            write!(f, ", hardware: {hardware:?}")?;
+        }
+        f.write_str(" }")
     }
 }

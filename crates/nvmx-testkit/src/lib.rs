@@ -17,6 +17,7 @@ pub mod config;
 mod control_registers;
 mod ept01;
 mod frames;
+pub mod fuzz;
 mod host;
 mod nest;
 pub mod seeds;

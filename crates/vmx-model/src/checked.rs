@@ -330,7 +330,8 @@ pub struct Checked<P> {
     memory: Memory,
     /// For each processor, all the states that it may be in.
     states: Vec<Vec<Processor>>,
-    /// Indices of all words that were read as entries of tables.
+    /// Indices of all words that were read as entries of tables, or look like present ones from the
+    /// start: a platform may mark entries on a way that no execution need have gone.
     entries: BTreeSet<usize>,
     now: u64,
     failure: Option<Disallowed>,
@@ -538,5 +539,8 @@ impl<P: Platform> Platform for Checked<P> {
         self.memory.write_u64(Hpa::new(at.as_u64()), value);
         let changed = self.memory.take_back();
         self.memory.commit(self.now, &changed);
+        if value & 1 != 0 {
+            self.entries.insert((at.as_u64() >> 3) as usize);
+        }
     }
 }

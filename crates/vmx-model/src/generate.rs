@@ -525,11 +525,15 @@ impl Generator<'_> {
 
     /// L1 is hostile.
     fn wild(&mut self, processor: usize) {
-        let value = match self.rng.below(3) {
+        let mut value = match self.rng.below(3) {
             0 => self.rng.next(),
             1 => self.rng.next() & 0x3f_ffff,
             _ => 1 << self.rng.below(64),
         };
+        if layout::is_vmcs(value) {
+            // How a processor stores a VMCS is its own affair.
+            value ^= layout::L1_DATA;
+        }
         let fields = vmx_defs::field::FIELDS;
         let action = match self.rng.below(8) {
             0 | 1 => {
@@ -551,6 +555,10 @@ impl Generator<'_> {
             _ => Action::Invvpid { kind: self.rng.below(5), vpid: value as u16, address: value },
         };
         self.push(processor, action);
+        if self.is_exact() {
+            // It may have been anything.
+            self.invalidate_everywhere(processor);
+        }
     }
 }
 

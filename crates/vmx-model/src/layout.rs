@@ -75,6 +75,13 @@ pub const fn vmcs(processor: usize, vm: usize) -> u64 {
     own(processor, 1 + vm as u64)
 }
 
+/// Whether an address lies in a page that holds a VMCS.
+pub fn is_vmcs(address: u64) -> bool {
+    let mut regions =
+        (0..PROCESSORS).flat_map(|processor| (0..VMS).map(move |vm| vmcs(processor, vm)));
+    regions.any(|region| region == address & 0x000f_ffff_ffff_f000)
+}
+
 /// Top of L1's stack on a processor.
 pub const fn stack(processor: usize) -> u64 {
     own(processor, 4)

@@ -1,0 +1,84 @@
+//! What has random programs found, and does it stay mended?
+//!
+//! Programs as they were shrunk, each run under every policy of the caches and on hosts of several
+//! kinds. The names say what was wrong.
+
+use nvmx_testkit::{Case, NestConfig};
+use vmx_defs::Field;
+use vmx_defs::event::vector;
+use vmx_model::generate::{Invalidation, Profile};
+use vmx_model::program::VmSetup;
+use vmx_model::{Action, Operation, Program, Retention, Setup, Step};
+
+/// A load of 8 bytes by the guest.
+const fn load(at: u64) -> Action {
+    Action::Guest(Operation::Load { at, size: 8 })
+}
+
+const fn switch(view: u64) -> Action {
+    Action::Guest(Operation::Vmfunc { rax: 0, rcx: view })
+}
+
+/// The actions on the first processor.
+fn program(setup: Setup, actions: &[Action]) -> Program {
+    let step = |action: &Action| Step { processor: 0, action: *action };
+    Program { setup, steps: actions.iter().map(step).collect() }
+}
+
+/// The program holds, be its L1 one that invalidates enough or not.
+fn holds(invalidation: Invalidation, program: &Program) {
+    let profile = Profile { invalidation, ..Profile::default() };
+    for config in [NestConfig::default(), NestConfig::random(1), NestConfig::random(2)] {
+        for retention in [Retention::Everything, Retention::Random(1), Retention::Nothing] {
+            let case = Case { seed: 0, profile, retention, config: config.clone() };
+            if let Err(failure) = case.try_program(program) {
+                panic!("{retention:?} {config}\n{program:#x?}\n{failure:#x?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_page_fault_of_an_operand_leaves_nothing_cached_for_its_address() {
+    // L1's tables are gone after the exit, but not from its TLB.
+    let program = program(
+        Setup::default(),
+        &[
+            Action::SetField(Field::HOST_CR3, 0x20),
+            load(0x2_1008),
+            Action::Invept { kind: 1, eptp: 0x5_401e },
+            Action::Invept { kind: 1, eptp: 0x5_805e },
+        ],
+    );
+    holds(Invalidation::Careless, &program);
+}
+
+#[test]
+fn an_exit_due_to_a_fault_that_l0_raised_saves_rf() {
+    let guest = VmSetup { exceptions: 1 << vector::GP, ..VmSetup::default() };
+    let setup = Setup { vms: [guest, VmSetup::default()], ..Setup::default() };
+    let program = program(setup, &[Action::Guest(Operation::Rdmsr(0x1234))]);
+    holds(Invalidation::Sufficient, &program);
+}
+
+#[test]
+fn flags_set_on_a_stale_path_that_no_value_tells_of_are_allowed() {
+    let setup = Setup {
+        vms: [VmSetup { view: Some(2), ..VmSetup::default() }, VmSetup::default()],
+        suppress_ve: false,
+        ..Setup::default()
+    };
+    let program = program(
+        setup,
+        &[
+            Action::Guest(Operation::Fetch { at: 0x2_2000 }),
+            switch(5),
+            load(0x2_1000),
+            switch(2),
+            // The third view's page table becomes the second's.
+            Action::Write { at: 0x5_a000, value: 1 << 63 | 0x5_7007 },
+            load(0x2_1ffc),
+        ],
+    );
+    holds(Invalidation::Careless, &program);
+}
