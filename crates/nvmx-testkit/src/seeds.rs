@@ -1,7 +1,8 @@
 //! Which cases does a property run, and which one broke it?
 //!
 //! A case follows from its number alone. A test that fails says the number, and the same number runs
-//! that case again: with `NVMX_SEED` in the environment, each property runs it alone.
+//! that case again: with `NVMX_SEED` in the environment, each property runs it alone. `NVMX_CASES`
+//! is for longer runs: that many times the cases.
 
 /// Says, if the case panics, which it was.
 struct Case<'a> {
@@ -20,8 +21,9 @@ impl Drop for Case<'_> {
 
 /// Runs the cases of a property.
 pub fn each(property: &str, count: u64, mut case: impl FnMut(u64)) {
-    let only = std::env::var("NVMX_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seeds = only.map_or(0..count, |seed: u64| seed..seed + 1);
+    let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    let count = count * number("NVMX_CASES").unwrap_or(1);
+    let seeds = number("NVMX_SEED").map_or(0..count, |seed| seed..seed + 1);
     for seed in seeds {
         let _case = Case { property, seed };
         case(seed);
