@@ -11,7 +11,9 @@ use vmx_model::registers::{cr0, efer};
 use vmx_model::vmx::Root;
 
 use crate::ept01::Ept01;
+use crate::frames::{self, Use};
 use crate::nest::Offer;
+use crate::watch::Watch;
 
 /// A processor of the machine, as the engine and L0 see it.
 pub(crate) struct Host<'a> {
@@ -20,6 +22,7 @@ pub(crate) struct Host<'a> {
     pub(crate) offer: &'a Offer,
     /// Its number.
     pub(crate) processor: usize,
+    pub(crate) watch: &'a Watch,
 }
 
 impl Host<'_> {
@@ -37,6 +40,21 @@ impl Host<'_> {
         self.ept01.translate(&self.machine.memory, gpa).hpa
     }
 
+    /// Somebody may write to what the engine reads.
+    fn tamper(&mut self, gpa: L1Gpa, length: usize) {
+        if !self.watch.tampers() {
+            return;
+        }
+        let last = gpa.as_u64().saturating_add(length as u64);
+        for at in (gpa.as_u64() & !7..last).step_by(8).map(L1Gpa::new) {
+            if let Some(place) = self.place(at, EptPermissions::WRITE)
+                && let Some(value) = self.watch.instead(self.machine.memory.read_u64(place))
+            {
+                self.machine.memory.write_u64(place, value);
+            }
+        }
+    }
+
     /// The parts of a range that each lie in one page: (address, offset in the range, length).
     fn parts(gpa: L1Gpa, length: usize) -> impl Iterator<Item = (L1Gpa, usize, usize)> {
         let mut done = 0;
@@ -52,18 +70,24 @@ impl Host<'_> {
 
 impl Vmx for Host<'_> {
     fn vmread(&mut self, field: Field) -> HostResult<u64> {
+        self.watch.call();
         self.root().vmread(field).map_err(|_| HostError::VmRead(field))
     }
 
     fn vmwrite(&mut self, field: Field, value: u64) -> HostResult {
+        self.watch.call();
         self.root().vmwrite(field, value).map_err(|_| HostError::VmWrite(field))
     }
 
     fn vmptrld(&mut self, region: Hpa) -> HostResult {
+        self.watch.call();
+        let given = [Use::Vmcs01, Use::Vmcs02].map(|what| frames::own(self.processor, what));
+        assert!(given.contains(&region), "{region:?} is not a VMCS of this processor");
         self.root().vmptrld(region).map_err(|_| HostError::VmPtrLd(region))
     }
 
     fn invept(&mut self, scope: InvEpt) -> HostResult {
+        self.watch.call();
         let (kind, eptp) = match scope {
             InvEpt::Single(eptp) => (1, eptp.into_bits()),
             InvEpt::All => (2, 0),
@@ -72,6 +96,7 @@ impl Vmx for Host<'_> {
     }
 
     fn invvpid(&mut self, scope: InvVpid) -> HostResult {
+        self.watch.call();
         let (kind, vpid, at) = match scope {
             InvVpid::Address(vpid, at) => (0, vpid, at.as_u64()),
             InvVpid::Single(vpid) => (1, vpid, 0),
@@ -82,19 +107,23 @@ impl Vmx for Host<'_> {
     }
 
     fn write_cr2(&mut self, address: Gva) {
+        self.watch.call();
         self.machine.processors[self.processor].regs.cr2 = address.as_u64();
     }
 }
 
 impl L1Memory for Host<'_> {
     fn read(&mut self, gpa: L1Gpa, buffer: &mut [u8]) {
+        self.watch.call();
         for (at, offset, length) in Self::parts(gpa, buffer.len()) {
             let from = self.readable(at);
             self.machine.memory.read(from, &mut buffer[offset..offset + length]);
         }
+        self.tamper(gpa, buffer.len());
     }
 
     fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
+        self.watch.call();
         for (at, offset, length) in Self::parts(gpa, bytes.len()) {
             if let Some(to) = self.place(at, EptPermissions::WRITE) {
                 self.machine.memory.write(to, &bytes[offset..offset + length]);
@@ -103,11 +132,15 @@ impl L1Memory for Host<'_> {
     }
 
     fn read_u64(&mut self, gpa: L1Gpa) -> u64 {
+        self.watch.call();
         assert!(gpa.is_aligned(8), "{gpa:?}");
-        self.machine.memory.read_u64(self.readable(gpa))
+        let value = self.machine.memory.read_u64(self.readable(gpa));
+        self.tamper(gpa, 8);
+        value
     }
 
     fn write_u64(&mut self, gpa: L1Gpa, value: u64) {
+        self.watch.call();
         assert!(gpa.is_aligned(8), "{gpa:?}");
         if let Some(to) = self.place(gpa, EptPermissions::WRITE) {
             self.machine.memory.write_u64(to, value);
@@ -115,15 +148,22 @@ impl L1Memory for Host<'_> {
     }
 
     fn compare_exchange_u64(&mut self, gpa: L1Gpa, old: u64, new: u64) -> u64 {
-        let found = self.read_u64(gpa);
-        if found == old {
-            self.write_u64(gpa, new);
+        self.watch.call();
+        assert!(gpa.is_aligned(8), "{gpa:?}");
+        self.tamper(gpa, 8);
+        let found = self.machine.memory.read_u64(self.readable(gpa));
+        if found == old
+            && let Some(to) = self.place(gpa, EptPermissions::WRITE)
+        {
+            self.machine.memory.write_u64(to, new);
         }
         found
     }
 
     fn compare_exchange_u32(&mut self, gpa: L1Gpa, old: u32, new: u32) -> u32 {
+        self.watch.call();
         assert!(gpa.is_aligned(4), "{gpa:?}");
+        self.tamper(gpa, 4);
         let found = self.machine.memory.read_u32(self.readable(gpa));
         if found == old
             && let Some(to) = self.place(gpa, EptPermissions::WRITE)
@@ -134,15 +174,18 @@ impl L1Memory for Host<'_> {
     }
 
     fn read_entries(&mut self, gpa: L1Gpa, entries: &mut [u64]) {
+        self.watch.call();
         let end = gpa.page_offset() + 8 * entries.len() as u64;
         assert!(gpa.is_aligned(8) && end <= PAGE_SIZE, "{gpa:?}");
         let from = self.readable(gpa).as_u64();
-        for (offset, entry) in (from..).step_by(8).zip(entries) {
+        for (offset, entry) in (from..).step_by(8).zip(&mut *entries) {
             *entry = self.machine.memory.read_u64(Hpa::new(offset));
         }
+        self.tamper(gpa, 8 * entries.len());
     }
 
     fn translate(&mut self, gpa: L1Gpa) -> L1Mapping {
+        self.watch.call();
         self.ept01.translate(&self.machine.memory, gpa)
     }
 }
@@ -156,14 +199,19 @@ fn entry(frame: Hpa, index: usize) -> Hpa {
 
 impl Frames for Host<'_> {
     fn load(&self, frame: Hpa, index: usize) -> u64 {
+        self.watch.call();
+        self.watch.frame(frame);
         self.machine.memory.read_u64(entry(frame, index))
     }
 
     fn store(&mut self, frame: Hpa, index: usize, value: u64) {
+        self.watch.call();
+        self.watch.frame(frame);
         self.machine.memory.write_u64(entry(frame, index), value);
     }
 
     fn fill(&mut self, frame: Hpa, value: u64) {
+        self.watch.call();
         for index in 0..512 {
             self.store(frame, index, value);
         }
@@ -192,6 +240,7 @@ fn is_answered(index: u32) -> bool {
 
 impl Msrs for Host<'_> {
     fn read_msr(&mut self, index: u32) -> Result<u64, MsrFault> {
+        self.watch.call();
         if let Some(field) = field_of(index) {
             return self.vmread(field).map_err(|_| MsrFault);
         }
@@ -202,6 +251,7 @@ impl Msrs for Host<'_> {
     }
 
     fn write_msr(&mut self, index: u32, value: u64) -> Result<(), MsrFault> {
+        self.watch.call();
         if let Some(field) = field_of(index) {
             let value = self.checked_value(index, value)?;
             return self.vmwrite(field, value).map_err(|_| MsrFault);
@@ -254,7 +304,7 @@ impl Host<'_> {
                     (self.may_pass_write(first + low), 0x800),
                 ] {
                     if !passes {
-                        let at = crate::frames::MSR_BITMAP.as_u64() + offset + half;
+                        let at = frames::MSR_BITMAP.as_u64() + offset + half;
                         let at = Hpa::new(at + u64::from(low / 8));
                         let byte = self.machine.memory.read_u8(at) | 1 << (low % 8);
                         self.machine.memory.write_u8(at, byte);

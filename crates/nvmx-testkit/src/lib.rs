@@ -23,6 +23,7 @@ mod nest;
 pub mod seeds;
 mod vmcs01;
 pub mod walks;
+pub mod watch;
 
 pub use compare::{Case, Failure, Report};
 pub use config::{Leaves, NestConfig};

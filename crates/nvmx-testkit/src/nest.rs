@@ -11,7 +11,7 @@ use nvmx::inject::{self, Exception, Fault};
 use nvmx::paging::AddressSizes;
 use nvmx::{Config, Gprs, Handled, Nested, caps::Caps};
 use vmx_defs::event::{IntrInfo, vector};
-use vmx_defs::{EptPermissions, ExitReason, Field, Hpa, L1Gpa};
+use vmx_defs::{EptPermissions, Eptp, ExitReason, Field, Hpa, L1Gpa};
 use vmx_model::registers::{gpr, rflags};
 use vmx_model::{Machine, ModelCaps, Operation, Outcome, Platform, Retention, VmxMode, layout};
 
@@ -21,6 +21,7 @@ use crate::ept01::Ept01;
 use crate::frames::{self, Use};
 use crate::host::Host;
 use crate::vmcs01;
+use crate::watch::{Tamper, Watch};
 
 /// Exits that one operation may take. Each is of a level of a walk, a byte or a table at most.
 const EXITS: usize = 2_000;
@@ -40,6 +41,7 @@ pub struct Nest {
     ept01: Ept01,
     offer: Offer,
     exits: u64,
+    watch: Watch,
 }
 
 /// What L0 keeps of a processor of L1.
@@ -104,7 +106,9 @@ impl Nest {
             vmfunc: config.vmfunc,
             ept01: ept01.eptp(),
         });
-        let mut nest = Self { machine, nested, processors: Vec::new(), ept01, offer, exits: 0 };
+        let watch = Watch::new(config.frames, processors);
+        let mut nest =
+            Self { machine, nested, processors: Vec::new(), ept01, offer, exits: 0, watch };
         nest.host(0).fill_msr_bitmap();
         for processor in 0..processors {
             if let Err(error) = nest.start(hardware, processor) {
@@ -115,8 +119,8 @@ impl Nest {
     }
 
     fn host(&mut self, processor: usize) -> Host<'_> {
-        let Self { machine, ept01, offer, .. } = self;
-        Host { machine, ept01, offer, processor }
+        let Self { machine, ept01, offer, watch, .. } = self;
+        Host { machine, ept01, offer, processor, watch }
     }
 
     /// Brings a processor into VMX operation and L1 onto it.
@@ -139,9 +143,9 @@ impl Nest {
             host.vmwrite(field, value)?;
         }
         host.set_masks(false)?;
-        let Self { machine, ept01, offer, nested, .. } = self;
+        let Self { machine, ept01, offer, nested, watch, .. } = self;
         let engine = nested.processor(
-            &mut Host { machine, ept01, offer, processor },
+            &mut Host { machine, ept01, offer, processor, watch },
             processor,
             own(Use::Vmcs01),
             own(Use::Vmcs02),
@@ -170,6 +174,17 @@ impl Nest {
         self.ept01.translate(&self.machine.memory, at)
     }
 
+    /// Whether this is the EPTP that L2 runs with where L1 gives it no EPT.
+    pub fn is_ept01(&self, eptp: Eptp) -> bool {
+        eptp == self.ept01.eptp()
+    }
+
+    /// Whether a page of the machine is one that a guest may have: L1's, one where nothing is, or the
+    /// page of ones, unless it could be written.
+    pub fn is_guests(&self, page: u64, writable: bool) -> bool {
+        page >= frames::L1_RAM || page == frames::ONES.as_u64() && !writable
+    }
+
     /// The engine's part that all processors share.
     pub fn engine(&self) -> &Nested {
         &self.nested
@@ -178,6 +193,16 @@ impl Nest {
     /// The engine's part of a processor.
     pub fn engine_processor(&self, processor: usize) -> &EngineProcessor {
         &self.processors[processor].engine
+    }
+
+    /// Has somebody else write to L1's memory while the engine reads it.
+    pub fn set_tamper(&mut self, tamper: Option<Tamper>) {
+        self.watch.set_tamper(tamper);
+    }
+
+    /// The greatest number of calls to its host that the engine has made for one exit.
+    pub fn most_calls(&self) -> u64 {
+        self.watch.most_calls()
     }
 
     /// Number of exits to L0 so far.
@@ -195,8 +220,8 @@ impl Nest {
     /// Enters what is to run now. What comes back is as the program would see it, or an exit.
     fn enter(&mut self, processor: usize) -> Outcome {
         if self.processors[processor].engine.is_behind() {
-            let Self { machine, ept01, offer, nested, processors, .. } = self;
-            let mut host = Host { machine, ept01, offer, processor };
+            let Self { machine, ept01, offer, nested, processors, watch, .. } = self;
+            let mut host = Host { machine, ept01, offer, processor, watch };
             if let Err(error) = nested.catch_up(&mut processors[processor].engine, &mut host) {
                 panic!("{error:?}");
             }
@@ -206,6 +231,8 @@ impl Nest {
         let launch = if l2 { vcpu.engine.needs_launch() } else { !vcpu.launched };
         if !l2 {
             vcpu.launched = true;
+        } else if let Some(vmcs) = self.machine.processors[processor].vmcs() {
+            self.watch.before_l2(processor, vmcs);
         }
         let mut root = self.machine.processors[processor].root(&mut self.machine.memory);
         let entered = if launch { root.vmlaunch() } else { root.vmresume() };
@@ -221,6 +248,7 @@ impl Nest {
     /// Handles an exit, of L1 or of L2. Whether the processor of L1 still runs.
     fn handle(&mut self, processor: usize, reason: ExitReason) -> HostResult<bool> {
         self.exits += 1;
+        self.watch.exit();
         let registers = &mut self.machine.processors[processor].regs;
         let mut gprs = Gprs { values: registers.gprs };
         let next = self.answer(processor, &mut gprs, reason)?;
@@ -244,8 +272,8 @@ impl Nest {
         gprs: &mut Gprs,
         reason: ExitReason,
     ) -> HostResult<Next> {
-        let Self { machine, ept01, offer, nested, processors, .. } = self;
-        let mut host = Host { machine, ept01, offer, processor };
+        let Self { machine, ept01, offer, nested, processors, watch, .. } = self;
+        let mut host = Host { machine, ept01, offer, processor, watch };
         let vcpu = &mut processors[processor];
         if vcpu.engine.runs_l2() {
             return nested.l2_exit(&mut vcpu.engine, &mut host, gprs, reason).map(Next::Engine);

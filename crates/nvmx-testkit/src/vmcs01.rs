@@ -8,6 +8,9 @@ use vmx_model::registers::{Registers, gpr};
 
 use crate::frames;
 
+/// Where L0's exit handler would be.
+pub(crate) const HOST_RIP: u64 = 0xffff_8000_0000_1234;
+
 /// The fields of vmcs01 for an L1 that begins with these registers. All others are zero.
 pub(crate) fn fields(hardware: &ModelCaps, l1: &Registers, ept01: Eptp) -> Vec<(Field, u64)> {
     let mut fields = controls(hardware, ept01);
@@ -60,7 +63,7 @@ fn host_state(l1: &Registers) -> Vec<(Field, u64)> {
         (Field::HOST_TR_SELECTOR, 0x18),
         (Field::HOST_EFER, l1.efer),
         (Field::HOST_PAT, l1.pat),
-        (Field::HOST_RIP, 0xffff_8000_0000_1234),
+        (Field::HOST_RIP, HOST_RIP),
         (Field::HOST_RSP, 0xffff_8000_0000_0000),
     ]
 }
