@@ -1,5 +1,5 @@
 //! What can a person do with this repository? `cargo xtask`, the only entry point: build, run,
-//! test, fuzz, bench, iso and lint.
+//! test, fuzz, break, bench, iso and lint.
 
 mod bench;
 mod bochs;
@@ -13,6 +13,7 @@ mod fuzz;
 mod guard;
 mod images;
 mod lint;
+mod mutants;
 mod packages;
 mod run;
 mod serial;
@@ -64,9 +65,9 @@ enum Task {
     Run(RunArgs),
     /// Run everything that must pass
     ///
-    /// Lints, host tests, the conformance suite natively and under nvmx, a foreign kernel, several
-    /// processors, images that must be refused, the demo, the benchmark's bounds, and that no
-    /// Bochs is left behind.
+    /// Lints, host tests, mutations of the engine, the conformance suite natively and under nvmx, a
+    /// foreign kernel, several processors, images that must be refused, the demo, the benchmark's
+    /// bounds, and that no Bochs is left behind.
     /// Closes with `N passed, N failed, N skipped`.
     Test {
         #[command(flatten)]
@@ -98,6 +99,13 @@ enum Task {
     ///
     /// Boots what `run` with the same arguments would boot: the demo under nvmx, if none.
     Iso(IsoArgs),
+    /// Break the engine on purpose, in one way after another, and see that a test catches each
+    ///
+    /// Prints the mutations, what each breaks, and which property has caught it.
+    Mutants {
+        /// Only those whose names contain this
+        only: Option<String>,
+    },
     /// Check formatting, clippy and the documentation
     Lint,
     /// Run a program that ends when our caller does
@@ -259,6 +267,9 @@ fn perform(cli: Cli) -> Result<ExitCode> {
         }
         Task::Iso(args) => iso(&workspace, args)?,
         Task::Fuzz { arguments } => match fuzz::fuzz(&workspace, arguments)? {},
+        Task::Mutants { only } => {
+            mutants::mutants(&workspace, only.as_deref())?;
+        }
         Task::Lint => lint::lint(&workspace)?,
     }
     Ok(ExitCode::SUCCESS)

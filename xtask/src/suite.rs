@@ -24,7 +24,7 @@ use crate::{
     deviations::{self, Deviations, Place},
     fixtures,
     foreign::Told,
-    images, lint,
+    images, lint, mutants,
     run::{Run, Until, last_lines, until_regex},
     serial::{Counts, Report},
     workspace::Workspace,
@@ -61,6 +61,10 @@ pub(crate) fn test(workspace: &Workspace, bochs: Option<&Path>) -> Result<ExitCo
     }
     tally.step("host tests", || host_tests(workspace));
     tally.step("every order of a shootdown", || shootdown_orders(workspace));
+    tally.step("mutations of the engine", || {
+        let passed = mutants::mutants(workspace, None)?;
+        Ok(Counts { passed, ..Counts::default() })
+    });
     let before = tally.failures.len();
     tally.step("images", || images::build_all(workspace).map(|()| ONE_PASSED));
     if tally.failures.len() > before {

@@ -154,14 +154,19 @@ fn s3_accesses_to_paging_structures_count_as_writes() {
         // Whether or not the first access to such a page is a mere load of the guest.
         for load_first in [false, true] {
             on(retention, &setup, |l1| {
-                l1.switch(2);
-                // Not the tables that the load itself is translated by.
+                // Not the tables that the load itself is translated by. Their own accessed flags are
+                // set once this is done, so that walks write nothing there any more.
                 let second = layout::guest::LONG_2 << 12;
+                let load_cr3 = |value| Operation::MovToCr { register: 3, value };
+                l1.done(load_cr3(second));
+                l1.load(DATA);
+                l1.done(load_cr3(layout::guest::LONG << 12));
+                l1.switch(2);
                 if load_first {
                     l1.load(second);
                     assert_eq!(flags(l1, 2, layout::guest::LONG_2), ACCESSED);
                 }
-                l1.done(Operation::MovToCr { register: 3, value: second });
+                l1.done(load_cr3(second));
                 l1.load(DATA);
                 for page in layout::guest::LONG_2..layout::guest::LONG_2 + 4 {
                     assert_eq!(flags(l1, 2, page), FLAGS, "{page:#x}");
@@ -423,6 +428,8 @@ fn refused(l1: &mut L1<'_>, rax: u64, rcx: u64) {
 #[test]
 fn s7_what_is_refused_exits_and_changes_nothing() {
     everywhere(|l1, setup| {
+        // What stands behind the list would do as an entry.
+        l1.write(layout::EPTP_LIST + 0x1000, eptp(setup, 2));
         for rcx in [512, 513, 0x8000_0000, 0xffff_ffff, 0x1_0000_0200] {
             refused(l1, 0, rcx);
         }
