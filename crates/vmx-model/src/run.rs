@@ -5,7 +5,7 @@
 //! that L1 and its guest could observe. Two platforms that are the same machine give the same
 //! [`Trace`].
 
-use vmx_defs::event::IntrInfo;
+use vmx_defs::event::{IntrInfo, kind, vector};
 use vmx_defs::{ExitReason, Field, L1Gpa};
 
 use crate::caps::ModelCaps;
@@ -344,8 +344,11 @@ impl<P: Platform> Session<'_, P> {
                 continue;
             }
             let mut value = self.read_field(processor, field);
-            if field == Field::GUEST_RFLAGS && reason == ExitReason::TRIPLE_FAULT {
-                // What shutdown would leave in RF is no one's to say.
+            if field == Field::GUEST_RFLAGS
+                && (reason == ExitReason::TRIPLE_FAULT || is_double_fault(&fields))
+            {
+                // What shutdown would leave in RF is no one's to say, nor whether the image of a
+                // double fault has what the first fault would have pushed.
                 value &= !rflags::RF;
             }
             fields.push((field, value));
@@ -420,6 +423,17 @@ const STATE: [Field; 18] = [
     Field::GUEST_PDPTE1,
     Field::IDT_VECTORING_INFO,
 ];
+
+/// Whether the exit, of which these fields have been read, is due to a double fault.
+fn is_double_fault(fields: &[(Field, u64)]) -> bool {
+    fields.iter().any(|(field, value)| {
+        let information = IntrInfo::from(*value as u32);
+        *field == Field::EXIT_INTR_INFO
+            && information.valid()
+            && information.kind() == kind::HARDWARE_EXCEPTION
+            && information.vector() == vector::DF
+    })
+}
 
 fn has_code(information: u64) -> bool {
     let information = IntrInfo::from(information as u32);
