@@ -137,7 +137,7 @@ impl Vcpu {
             Handled::Shutdown => {
                 self.end(ExitReason::TRIPLE_FAULT, "L1's only processor shut down by a VMX abort")
             }
-            Handled::NotMine => {
+            Handled::NotMine | Handled::TrackedWrite(_) => {
                 let reason = self.host.vmread(Field::EXIT_REASON)? as u32;
                 self.end(ExitReason::from_bits(reason), "nobody handles an exit")
             }

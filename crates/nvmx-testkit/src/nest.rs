@@ -259,6 +259,7 @@ impl Nest {
             Next::Fault(fault) => inject::deliver(&mut host, fault).map(|()| true),
             Next::Engine(Handled::Shutdown) => Ok(false),
             Next::Engine(Handled::NotMine) => panic!("{reason:?} of L1 was not asked for"),
+            Next::Engine(Handled::TrackedWrite(_)) => panic!("no page is tracked"),
         };
         let registers = &mut self.machine.processors[processor].regs;
         gprs.values[gpr::RSP] = registers.gprs[gpr::RSP];

@@ -14,6 +14,7 @@ use crate::msr_bitmap::MsrBitmap;
 use crate::paging::AddressSizes;
 use crate::shootdown::{Place, Request, Shootdown};
 use crate::tlb::Vpids;
+use crate::tracking::Tracked;
 use crate::vmcs12::{FieldSet, Vmcs12};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -71,6 +72,12 @@ pub struct Nested {
     pub(crate) plain_set: FieldSet,
     /// The last name given to a vmcs02 ([`Processor::merged`]).
     pub(crate) last_merged: u64,
+    /// The pages of L1 whose writes L0 wants to see.
+    pub(crate) tracked: Arc<Tracked>,
+    /// For each processor, the virtual-APIC page of the VMCS that L2 runs with, while it does.
+    pub(crate) virtual_apics: Vec<Option<L1Gpa>>,
+    /// Changes of EPT01 so far.
+    pub(crate) ept01_changes: u64,
 }
 
 /// The current VMCS of an L1 processor.
@@ -115,6 +122,8 @@ pub struct Processor {
     /// The values last written to vmcs02's controls and switched state, so that only what differs is
     /// written.
     pub(crate) values: Box<Vmcs12>,
+    /// [`Nested::ept01_changes`] when vmcs02 last got the real addresses of L1's pages.
+    pub(crate) ept01_seen: u64,
     pub(crate) bitmap: MsrBitmap,
     /// A frame that stands for a page which L0 hides, where the processor may write to it.
     pub(crate) scratch: Hpa,
@@ -130,6 +139,12 @@ pub struct Processor {
 pub enum Handled {
     /// Nothing, but to [catch up](Nested::catch_up) as before every entry.
     Enter,
+    /// L2 wrote, or its page walk counts as a write, to this address of L1 in a page that
+    /// [is tracked](Nested::track). Nothing has been done: the VMCS of L2 is current, at the
+    /// instruction. The host either lets the write through ([`Tracked::about_to_write`], then
+    /// [`Nested::untrack`]) and has L2 try again ([`crate::inject::retry`]), or carries out the
+    /// instruction.
+    TrackedWrite(L1Gpa),
     /// The exit is not one that the engine knows: the host handles it as for any guest.
     NotMine,
     /// The L1 processor is in shutdown after a VMX abort or a triple fault: it waits for INIT. The
@@ -184,7 +199,19 @@ impl Nested {
         let plain_guest = plain_set.of_kind(Kind::Guest).collect();
         let plain_controls = FieldSet::of(|field| offered(field) && is_plain_control(field));
         let vmcss = VmcsCache::new(config.vmcs_cache);
-        Self { config, vmcss, shadow, plain_guest, plain_set, plain_controls, last_merged: 0 }
+        let virtual_apics = alloc::vec![None; config.processors];
+        Self {
+            config,
+            vmcss,
+            shadow,
+            plain_guest,
+            plain_set,
+            plain_controls,
+            last_merged: 0,
+            tracked: Arc::new(Tracked::new()),
+            virtual_apics,
+            ept01_changes: 0,
+        }
     }
 
     /// A processor of the machine, with its number below [`Config::processors`]. `vmcs01` is
@@ -247,6 +274,7 @@ impl Nested {
             merged: 0,
             checked_lma: false,
             values: Box::default(),
+            ept01_seen: 0,
             bitmap,
             scratch,
             vpids: Vpids::new(),
@@ -270,6 +298,9 @@ impl Nested {
     /// [`HostError`](crate::HostError): a bug of the engine or its host; the machine can't go on.
     #[cold]
     pub fn catch_up(&mut self, processor: &mut Processor, host: &mut impl Host) -> HostResult {
+        if processor.running && processor.ept01_seen != self.ept01_changes {
+            self.translate_pages(processor, host)?;
+        }
         processor.flushed_for = self.shadow.flush_if_behind(host, processor.number)?;
         Ok(())
     }

@@ -11,6 +11,7 @@ use crate::exit::ExitInfo;
 use crate::host::{Host, HostError, HostResult, Vmx};
 use crate::msr_area;
 use crate::paging::{CR0_PG, EFER_LMA};
+use crate::tracking::Tracked;
 use crate::vmcs12::{FieldSet, LaunchState, Vmcs12};
 use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls, ProcCtls2};
 use vmx_defs::field::Kind;
@@ -159,9 +160,18 @@ impl Nested {
                 writer.write(field, plain_control(vmcs, caps, field))?;
             }
         }
+        let moved = processor.ept01_seen != self.ept01_changes;
+        let virtual_apic = virtual_apic(vmcs);
+        if written.any(Kind::Control) {
+            write_controls(&mut writer, vmcs, caps)?;
+        }
         // TPR shadow: the page that stands for one that L0 hides is made anew.
-        if written.any(Kind::Control) || vmcs.proc().contains(ProcCtls::TPR_SHADOW) {
-            write_controls(&mut writer, vmcs, caps, processor.scratch)?;
+        if written.any(Kind::Control) || virtual_apic.is_some() || moved {
+            write_pages(&mut writer, vmcs, &self.tracked, processor.scratch)?;
+        }
+        processor.ept01_seen = self.ept01_changes;
+        if let Some(known) = self.virtual_apics.get_mut(processor.number) {
+            *known = virtual_apic;
         }
         for field in written.both(&self.plain_set).of_kind(Kind::Guest) {
             writer.host.vmwrite(field, vmcs.get(field))?;
@@ -221,6 +231,25 @@ impl Nested {
     }
 }
 
+impl Nested {
+    /// EPT01 has changed while L2 runs on the processor: vmcs02, which is current, gets the real
+    /// addresses of L1's pages anew.
+    #[cold]
+    pub(crate) fn translate_pages(
+        &mut self,
+        processor: &mut Processor,
+        host: &mut impl Host,
+    ) -> HostResult {
+        let id = processor.current.ok_or(HostError::WrongState)?.id;
+        let vmcs = self.vmcss.get(id).ok_or(HostError::WrongState)?;
+        let known = processor.known;
+        let mut writer = Vmcs02Writer { host, values: &mut processor.values, known };
+        write_pages(&mut writer, vmcs, &self.tracked, processor.scratch)?;
+        processor.ept01_seen = self.ept01_changes;
+        Ok(())
+    }
+}
+
 /// The PDPTE fields, in order.
 pub(crate) const PDPTES: [Field; 4] =
     [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
@@ -253,7 +282,6 @@ fn write_controls<H: Host>(
     writer: &mut Vmcs02Writer<'_, H>,
     vmcs: &Vmcs12,
     caps: &Caps,
-    scratch: Hpa,
 ) -> HostResult {
     let pin = vmcs.pin();
     writer.write(Field::PIN_CTLS, caps.pin.adjust(pin.bits()).into())?;
@@ -271,17 +299,36 @@ fn write_controls<H: Host>(
         | vmcs.exit_ctls() & ExitCtls::ACK_INTERRUPT;
     // Always saved, since exits that L0 handles must not lose it.
     exit.set(ExitCtls::SAVE_PREEMPTION_TIMER, pin.contains(PinCtls::PREEMPTION_TIMER));
-    writer.write(Field::EXIT_CTLS, caps.exit.adjust(exit.bits()).into())?;
+    writer.write(Field::EXIT_CTLS, caps.exit.adjust(exit.bits()).into())
+}
 
-    // Pages that the processor accesses by real address, as EPT01 has them. What L0 hides reads as
-    // ones: where the processor would write there too, it gets a page of its own.
+/// The page that the processor writes a virtual APIC to, if it does.
+fn virtual_apic(vmcs: &Vmcs12) -> Option<L1Gpa> {
+    vmcs.proc()
+        .contains(ProcCtls::TPR_SHADOW)
+        .then(|| L1Gpa::new(vmcs.get(Field::VIRTUAL_APIC_ADDR)).page())
+}
+
+/// The pages that the processor accesses by real address, as EPT01 has them. What L0 hides reads as
+/// ones: where the processor would write there too, it gets a page of its own.
+fn write_pages<H: Host>(
+    writer: &mut Vmcs02Writer<'_, H>,
+    vmcs: &Vmcs12,
+    tracked: &Tracked,
+    scratch: Hpa,
+) -> HostResult {
+    let (proc, proc2) = (vmcs.proc(), vmcs.proc2());
     let mut page = |active: bool, field: Field, written: bool| {
         if !active {
             return Ok(());
         }
-        let mapping = writer.host.translate(L1Gpa::new(vmcs.get(field)));
+        let gpa = L1Gpa::new(vmcs.get(field));
+        let mapping = writer.host.translate(gpa);
         let mut hpa = mapping.hpa;
-        if written && !mapping.permissions.contains(EptPermissions::WRITE) {
+        if written
+            && !mapping.permissions.contains(EptPermissions::WRITE)
+            && !tracked.passes_to_hardware(gpa)
+        {
             writer.host.fill(scratch, u64::MAX);
             hpa = scratch;
         }

@@ -8,7 +8,7 @@ use crate::cache::VmcsId;
 use crate::check::pdpte_is_valid;
 use crate::engine::{Handled, Nested, Processor};
 use crate::enter::{EFER_LME, PDPTES, read_pdptes};
-use crate::ept::Resolution;
+use crate::ept::{Resolution, wanted};
 use crate::host::{Host, HostError, HostResult, MsrFault};
 use crate::inject::{self, Exception, Outcome};
 use crate::insn::{is_64_bit, register};
@@ -20,7 +20,7 @@ use vmx_defs::controls::{EntryCtls, ExitCtls, PinCtls, ProcCtls2};
 use vmx_defs::ept::EptViolation;
 use vmx_defs::event::{Interruptibility, IntrInfo, activity, kind, vector};
 use vmx_defs::exit::{CrAccess, ENTRY_FAILURE};
-use vmx_defs::{ExitReason, Field, L1Gpa, L2Gpa};
+use vmx_defs::{EptPermissions, ExitReason, Field, L1Gpa, L2Gpa};
 
 /// Offset of the VMX-abort indicator in a VMCS region.
 const ABORT_INDICATOR: u64 = 4;
@@ -109,7 +109,7 @@ impl Nested {
             ExitReason::EPT_MISCONFIGURATION if has_ept => {
                 self.ept_violation(processor, host, true)
             }
-            // L2 runs on EPT01, which denies only what L0 hides.
+            // L2 runs on EPT01.
             ExitReason::EPT_VIOLATION => {
                 let gpa = L2Gpa::new(host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?);
                 let hardware = EptViolation::from(host.vmread(Field::EXIT_QUALIFICATION)?);
@@ -138,9 +138,7 @@ impl Nested {
         };
         match self.shadow.violation(host, processor.number, gpa, hardware)? {
             Resolution::Filled => {
-                if !inject::reinject(host)? && hardware.nmi_unblocking() {
-                    inject::block_nmi_again(host)?;
-                }
+                inject::retry(host, hardware.nmi_unblocking())?;
                 Ok(Handled::Enter)
             }
             Resolution::Violation(told) => {
@@ -155,8 +153,9 @@ impl Nested {
         }
     }
 
-    /// L2 touched what L0 hides, other than by a read: #GP(0), as for L1. But where L1 has put its
-    /// APIC-access page there, the access is one to that page, which needs no memory behind it.
+    /// L2 touched what EPT01 denies. Where L1 has put its APIC-access page there, the access is one to
+    /// that page, which needs no memory behind it. A write to a page whose writes are tracked is the
+    /// host's. All else is what L0 hides, which can only be read: #GP(0), as for L1.
     fn hidden(
         &mut self,
         processor: &mut Processor,
@@ -172,6 +171,18 @@ impl Nested {
             let qualification = apic_access(gpa, hardware, vectoring.valid());
             let info = ExitInfo::instead(ExitReason::APIC_ACCESS, qualification);
             return self.reflect(processor, host, Some(info));
+        }
+        let flags = vmcs.has_ept() && vmcs.eptp().accessed_dirty();
+        let missing = wanted(hardware, flags) - host.translate(gpa).permissions;
+        if missing.is_empty() {
+            // EPT01 has come to allow it; the processor did not know yet.
+            inject::retry(host, hardware.nmi_unblocking())?;
+            return Ok(Handled::Enter);
+        }
+        if missing == EptPermissions::WRITE
+            && let Some(handled) = self.tracked_write(gpa)
+        {
+            return Ok(handled);
         }
         self.raise(processor, host, Exception::new(vector::GP))
     }
@@ -286,9 +297,12 @@ impl Nested {
         self.fail_entry(processor, host, id, info)
     }
 
-    fn stop_l2(&mut self, processor: &mut Processor) {
+    pub(crate) fn stop_l2(&mut self, processor: &mut Processor) {
         processor.running = false;
         self.shadow.leave(processor.number);
+        if let Some(page) = self.virtual_apics.get_mut(processor.number) {
+            *page = None;
+        }
     }
 
     /// A VM entry of L1 that got past its controls and failed: an exit that saves nothing of L2.

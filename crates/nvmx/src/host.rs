@@ -116,6 +116,11 @@ pub struct L1Mapping {
 /// device registers, whose side effects no architectural structure of VMX should meet.
 /// All accesses are to values that L1 may change at any time: the engine copies once, checks the
 /// copy and uses the copy.
+///
+/// Before each write, compare-exchanges included, an implementation calls
+/// [`Tracked::about_to_write`](crate::Tracked::about_to_write), if the host ever
+/// [tracks](crate::Nested::track) a page. The engine writes where L1's instruction does, whatever
+/// EPT01 says of a tracked page.
 pub trait L1Memory {
     /// Copies from L1's memory. The range may cross pages and have any alignment.
     fn read(&mut self, gpa: L1Gpa, buffer: &mut [u8]);

@@ -292,6 +292,19 @@ pub fn block_nmi_again(host: &mut impl Vmx) -> HostResult {
     set_interruptibility(host, Interruptibility::NMI, true)
 }
 
+/// The guest tries again what an EPT violation kept it from, which now gets further: an event that
+/// was being delivered is injected again, an IRET that did not complete unblocks NMIs once more.
+/// `unblocking` is the exit's *NMI unblocking due to IRET*.
+///
+/// # Errors
+/// [`crate::HostError`] of VMREAD or VMWRITE.
+pub fn retry(host: &mut impl Vmx, unblocking: bool) -> HostResult {
+    if !reinject(host)? && unblocking {
+        block_nmi_again(host)?;
+    }
+    Ok(())
+}
+
 fn set_interruptibility(host: &mut impl Vmx, bits: Interruptibility, on: bool) -> HostResult {
     let old =
         Interruptibility::from_bits_retain(host.vmread(Field::GUEST_INTERRUPTIBILITY)? as u32);

@@ -31,6 +31,7 @@ pub mod shootdown;
 #[cfg(test)]
 pub mod testing;
 pub mod tlb;
+pub mod tracking;
 pub mod vmcs12;
 mod vmfunc;
 mod vmx;
@@ -39,3 +40,4 @@ pub use engine::{Config, Handled, Nested, Processor, VmfuncMode};
 pub use host::{Host, HostError, HostResult};
 pub use regs::Gprs;
 pub use shootdown::{Place, Request, Shootdown};
+pub use tracking::{HardwareWrites, TrackError, Tracked};

@@ -8,14 +8,27 @@ pub mod rig;
 use crate::host::{
     ENTRIES, Frames, HostResult, InvEpt, InvVpid, L1Mapping, L1Memory, MsrFault, Msrs, Vmx,
 };
+use crate::tracking::Tracked;
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 use vmx_defs::ept::memory_type;
 use vmx_defs::field::SLOTS;
 use vmx_defs::msr;
 use vmx_defs::{EptPermissions, Field, Gva, Hpa, L1Gpa};
+
+/// A range of L1's addresses that EPT01 maps in a way of its own. What is read there stays.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Remapped {
+    /// The range, of whole pages.
+    pub range: Range<u64>,
+    /// Real address less L1's.
+    pub offset: u64,
+    /// What L1 may do there.
+    pub rights: EptPermissions,
+}
 
 /// RAM of L1 from address 0 on; what lies beyond reads as ones.
 #[derive(Clone, Debug)]
@@ -27,8 +40,11 @@ pub struct Ram {
     pub interference: Vec<(L1Gpa, u64)>,
     /// What L0 hides: reads as ones, swallows writes, and EPT01 has the page of ones there.
     pub hidden: Vec<Range<u64>>,
-    /// Log2 of the size of EPT01's largest leaf: 12, 21 or 30. Blocks that overlap what is hidden
-    /// have smaller ones.
+    /// What EPT01 maps in another way than by [`TestHost::HPA_OF_L1`], with all rights. Where several
+    /// overlap, the first counts.
+    pub remapped: Vec<Remapped>,
+    /// Log2 of the size of EPT01's largest leaf: 12, 21 or 30. Blocks that overlap what is hidden or
+    /// remapped have smaller ones.
     pub leaf_shift: u8,
     /// Where 8-byte reads went, in order.
     pub reads: Vec<L1Gpa>,
@@ -41,6 +57,7 @@ impl Ram {
             bytes: alloc::vec![0; size],
             interference: Vec::new(),
             hidden: Vec::new(),
+            remapped: Vec::new(),
             leaf_shift: 12,
             reads: Vec::new(),
         }
@@ -129,16 +146,25 @@ impl L1Memory for Ram {
                 size_shift: 12,
             };
         }
-        let rights = EptPermissions::READ | EptPermissions::WRITE | EptPermissions::EXECUTE;
+        let page = gpa.page().as_u64();
+        let found = self.remapped.iter().find(|one| one.range.contains(&page));
+        let (offset, permissions) = match found {
+            Some(one) => (one.offset, one.rights),
+            // Another number than the guest's, so that no test passes by mixing the spaces up.
+            None => (TestHost::HPA_OF_L1, EptPermissions::all()),
+        };
         let fits = |shift: &u8| {
             let size = 1 << shift;
-            *shift == 12
-                || *shift <= self.leaf_shift && !self.hides(gpa.as_u64() & !(size - 1), size)
+            let start = gpa.as_u64() & !(size - 1);
+            let special = self
+                .remapped
+                .iter()
+                .any(|one| one.range.start < start + size && start < one.range.end);
+            *shift == 12 || *shift <= self.leaf_shift && !self.hides(start, size) && !special
         };
         L1Mapping {
-            // Another number than the guest's, so that no test passes by mixing the spaces up.
-            hpa: Hpa::new(TestHost::HPA_OF_L1.wrapping_add(gpa.as_u64())),
-            permissions: rights,
+            hpa: Hpa::new(offset.wrapping_add(gpa.as_u64())),
+            permissions,
             memory_type: memory_type::WB,
             size_shift: [30, 21, 12].into_iter().find(fits).unwrap_or(12),
         }
@@ -175,6 +201,8 @@ pub struct TestHost {
     pub msrs: BTreeMap<u32, u64>,
     /// What happened, in order.
     pub events: Vec<Event>,
+    /// Pages whose writes are tracked.
+    pub tracked: Option<Arc<Tracked>>,
     /// VMREADs done.
     pub vmreads: usize,
     /// VMWRITEs done.
@@ -201,8 +229,15 @@ impl TestHost {
             frames: BTreeMap::new(),
             msrs: BTreeMap::new(),
             events: Vec::new(),
+            tracked: None,
             vmreads: 0,
             vmwrites: 0,
+        }
+    }
+
+    fn about_to_write(&self, gpa: L1Gpa, len: usize) {
+        if let Some(tracked) = &self.tracked {
+            tracked.about_to_write(gpa, len);
         }
     }
 
@@ -268,6 +303,7 @@ impl L1Memory for TestHost {
     }
 
     fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
+        self.about_to_write(gpa, bytes.len());
         self.ram.write(gpa, bytes);
     }
 
@@ -276,14 +312,17 @@ impl L1Memory for TestHost {
     }
 
     fn write_u64(&mut self, gpa: L1Gpa, value: u64) {
+        self.about_to_write(gpa, 8);
         self.ram.write_u64(gpa, value);
     }
 
     fn compare_exchange_u64(&mut self, gpa: L1Gpa, old: u64, new: u64) -> u64 {
+        self.about_to_write(gpa, 8);
         self.ram.compare_exchange_u64(gpa, old, new)
     }
 
     fn compare_exchange_u32(&mut self, gpa: L1Gpa, old: u32, new: u32) -> u32 {
+        self.about_to_write(gpa, 4);
         self.ram.compare_exchange_u32(gpa, old, new)
     }
 

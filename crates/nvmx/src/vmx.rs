@@ -94,8 +94,7 @@ impl Nested {
         host.vmptrld(processor.vmcs01)?;
         processor.known = false;
         processor.merged = 0;
-        processor.running = false;
-        self.shadow.leave(processor.number);
+        self.stop_l2(processor);
         self.conclude(processor, host, Fail(error))
     }
 

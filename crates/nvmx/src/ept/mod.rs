@@ -10,4 +10,5 @@ mod shadow;
 mod walk;
 
 pub use shadow::{Resolution, RootHint, Shadow, ShadowCounters};
+pub(crate) use walk::wanted;
 pub use walk::{Path, Step, Walk, WalkRules, walk};

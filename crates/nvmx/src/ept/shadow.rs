@@ -21,6 +21,7 @@
 //! Where nothing was composed since, which is the rule when L2 switches among warm roots, this is
 //! one comparison.
 
+mod ept01;
 mod fill;
 mod reclaim;
 mod renew;
@@ -53,7 +54,8 @@ pub enum Resolution {
     Violation(EptViolation),
     /// L1's own tables are misconfigured.
     Misconfiguration,
-    /// L1's tables allow the access to this address, but EPT01 denies it: L0's own memory.
+    /// L1's tables allow the access to this address, but EPT01 denies it: L0's own memory, or a page
+    /// whose writes are tracked.
     Hidden(L1Gpa),
 }
 

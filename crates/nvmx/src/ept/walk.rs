@@ -112,7 +112,7 @@ pub fn walk(memory: &mut impl L1Memory, rules: WalkRules, eptp: Eptp, gpa: L2Gpa
 
 /// The access that the hardware reported, as rights that the path must have. With accessed and
 /// dirty flags a paging-structure access counts as a write too (SDM Vol. 3C, "EPT Violations").
-pub(super) fn wanted(qualification: EptViolation, accessed_dirty: bool) -> EptPermissions {
+pub(crate) fn wanted(qualification: EptViolation, accessed_dirty: bool) -> EptPermissions {
     let mut wanted = EptPermissions::from_bits_truncate(qualification.into_bits() as u8 & 7);
     if accessed_dirty && qualification.linear_valid() && !qualification.translated() {
         wanted |= EptPermissions::READ | EptPermissions::WRITE;

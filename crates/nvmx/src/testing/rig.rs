@@ -66,6 +66,8 @@ pub enum End {
     Entered,
     /// L1 goes on at the host state's RIP: an exit, or a VM entry that failed late.
     Exited,
+    /// L2 wrote to a tracked page at this address of L1.
+    Tracked(u64),
     /// The processor is in shutdown.
     Shutdown,
 }
@@ -129,6 +131,7 @@ impl Rig {
             ept01: ept01(),
         });
         let mut host = TestHost::new(0x10_0000);
+        host.tracked = Some(nested.tracked().clone());
         // Identity: a PML4 table, and a PDPT with one page of a GByte.
         host.ram.write_u64(L1Gpa::new(PAGING), (PAGING + 0x1000) | 3);
         host.ram.write_u64(L1Gpa::new(PAGING + 0x1000), 0x83);
@@ -275,6 +278,11 @@ impl Rig {
         if handled == Handled::Shutdown {
             assert!(!self.cpus[cpu].runs_l2());
             return End::Shutdown;
+        }
+        if let Handled::TrackedWrite(gpa) = handled {
+            assert!(self.cpus[cpu].runs_l2());
+            assert_eq!(self.host.current, vmcs02(cpu));
+            return End::Tracked(gpa.as_u64());
         }
         assert_eq!(handled, Handled::Enter);
         if self.cpus[cpu].runs_l2() {

@@ -18,6 +18,7 @@ impl Shadow {
         }
         let mut ept01 = Ram::new(0);
         ept01.hidden.clone_from(&host.ram.hidden);
+        ept01.remapped.clone_from(&host.ram.remapped);
         ept01.leaf_shift = host.ram.leaf_shift;
         let mut used = 0;
         for number in 0..self.pool.capacity() {

@@ -9,7 +9,7 @@ use super::super::walk::shift;
 use super::tests::{Bed, Mapped, eptp, rules};
 use super::*;
 use crate::host::L1Memory;
-use crate::testing::Event;
+use crate::testing::{Event, Remapped};
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use proptest::prelude::*;
@@ -47,11 +47,80 @@ enum Op {
         kind: u64,
         walk: bool,
     },
+    /// L0 changes what EPT01 makes of a range.
+    Ept01 {
+        range: usize,
+        to: Change,
+    },
     /// L2 exits, if it runs, and L1 executes INVEPT.
     InvEpt {
         processor: usize,
         eptp: Option<usize>,
     },
+}
+
+/// What EPT01 makes of a range of L1's addresses.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    /// As everywhere, all rights.
+    Plain,
+    /// These rights.
+    Rights(EptPermissions),
+    /// Other memory, with all rights.
+    Moved,
+    /// A page of ones.
+    Hidden,
+}
+
+/// Ranges that EPT01 changes for: first address and pages. Only the first can be hidden: the others
+/// have tables of L1.
+const RANGES: [(u64, u64); 7] = [
+    (0x5_0000, 1),
+    (0x6_1000, 1),
+    (TABLES + 0x2000, 1),
+    (TABLES, 16),
+    (0, 512),
+    (0x20_0000, 1),
+    (0x20_0000, 512),
+];
+
+fn change() -> impl Strategy<Value = Change> {
+    let rights = [1, 3, 5, 0].map(EptPermissions::from_bits_truncate);
+    prop_oneof![
+        3 => Just(Change::Plain),
+        3 => proptest::sample::select(rights.to_vec()).prop_map(Change::Rights),
+        2 => Just(Change::Moved),
+        1 => Just(Change::Hidden),
+    ]
+}
+
+/// As the hypervisor does it: what was composed goes, EPT01 changes, everyone is asked to flush.
+fn change_ept01(bed: &mut Bed, (start, pages): (u64, u64), to: Change) {
+    bed.shadow.forget_pages(&mut bed.host, L1Gpa::new(start), pages);
+    let ram = &mut bed.host.ram;
+    let range = start..start + 0x1000 * pages;
+    ram.hidden.retain(|hidden| *hidden != range);
+    // What lies within the range is gone; what only overlaps counts outside of it.
+    ram.remapped.retain(|one| one.range.start < range.start || range.end < one.range.end);
+    let plain = crate::testing::TestHost::HPA_OF_L1;
+    let (offset, rights) = match to {
+        Change::Plain => (plain, EptPermissions::all()),
+        Change::Rights(rights) => (plain, rights),
+        Change::Moved => (3 * plain, EptPermissions::all()),
+        Change::Hidden => {
+            if start == RANGES[0].0 {
+                ram.hidden.push(range);
+            }
+            (plain, EptPermissions::all())
+        }
+    };
+    let overlaps =
+        |one: &Remapped| one.range.start < start + 0x1000 * pages && start < one.range.end;
+    if (offset, rights) != (plain, EptPermissions::all()) || ram.remapped.iter().any(overlaps) {
+        let range = start..start + 0x1000 * pages;
+        ram.remapped.insert(0, Remapped { range, offset, rights });
+    }
+    bed.shadow.shootdown().request();
 }
 
 fn eptps() -> [Eptp; 5] {
@@ -103,6 +172,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(processor, gpa, kind, walk)| Op::Access { processor, gpa, kind, walk }),
         3 => (processor(), proptest::option::of(0..5usize))
             .prop_map(|(processor, eptp)| Op::InvEpt { processor, eptp }),
+        2 => (0..RANGES.len(), change()).prop_map(|(range, to)| Op::Ept01 { range, to }),
     ]
 }
 
@@ -339,7 +409,8 @@ fn access(bed: &mut Bed, oracle: &mut Oracle, processor: usize, gpa: u64, access
         }
         (Resolution::Hidden(_), Ok((rights, page))) => {
             assert_eq!(rights & needed, needed);
-            assert_eq!(page & !0xfff, HIDDEN);
+            let real = bed.host.translate(L1Gpa::new(page)).permissions;
+            assert_ne!(u64::from(real.bits()) & needed, needed);
         }
         (answer, says) => assert_eq!(Err(answer), says),
     }
@@ -380,6 +451,7 @@ fn run(processors: usize, frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec
                 let kind = if walk && !kind.fetch() { kind.with_linear_valid(true) } else { kind };
                 access(&mut bed, &mut oracle, processor, gpa, kind);
             }
+            Op::Ept01 { range, to } => change_ept01(&mut bed, RANGES[range], to),
             Op::InvEpt { processor, eptp } => {
                 let processor = processor % processors;
                 acting = processor;
