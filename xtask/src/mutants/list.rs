@@ -335,8 +335,8 @@ pub(super) const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "event-lost",
         breaks: "an event whose delivery met a page that the shadow did not have yet is lost",
-        file: "exit.rs",
-        find: "inject::reinject(host)?",
+        file: "inject.rs",
+        find: "reinject(host)?",
         replace: "false",
         caught_by: ("violations", "an_event_is_delivered_through_a_cold_shadow"),
     },
