@@ -1,6 +1,6 @@
 //! What is the shadow of one entry of L1's EPT, and which flags does L1's entry get for it?
 
-use super::walk::{Path, shift};
+use super::walk::{Path, Step, shift};
 use crate::host::{L1Mapping, L1Memory};
 use vmx_defs::ept::{EptEntry, EptPermissions};
 use vmx_defs::{Hpa, L1Gpa};
@@ -24,6 +24,13 @@ pub(super) enum Composed {
     Split(EptEntry),
 }
 
+/// Bits of an entry that no walk looks at, whatever is offered to L1: software's own, 56:52 and 11,
+/// and the flags.
+const NOT_WALKED: u64 = 0x1F << 52 | 1 << 11 | ACCESSED | DIRTY;
+
+/// How often setting a flag starts again because another processor changed such bits of the entry.
+const FLAG_RETRIES: u32 = 64;
+
 /// Sets the accessed flags along a path and the dirty flag of its leaf in L1's memory, each in one
 /// locked access (SDM Vol. 3C, "Accessed and Dirty Flags for EPT"). Returns the path as it now
 /// stands, or `None` where L1 changed an entry meanwhile.
@@ -36,16 +43,32 @@ pub(super) fn set_flags(memory: &mut impl L1Memory, path: &Path, write: bool) ->
         if leaf && write {
             entry.set_dirty(true);
         }
-        if entry == step.entry {
-            continue;
-        }
-        let old = step.entry.into_bits();
-        if memory.compare_exchange_u64(step.at, old, entry.into_bits()) != old {
-            return None;
-        }
-        step.entry = entry;
+        step.entry = add_flags(memory, *step, entry.into_bits())?;
     }
     Some(set)
+}
+
+/// Gives one entry the flags that `wanted` has more; returns it as it now stands. L1 may keep on
+/// changing bits of its own beside them: that must not keep L2 from going on, as it would not on a
+/// processor.
+fn add_flags(memory: &mut impl L1Memory, step: Step, wanted: u64) -> Option<EptEntry> {
+    let mut old = step.entry.into_bits();
+    let flags = wanted & !old;
+    for _ in 0..FLAG_RETRIES {
+        let new = old | flags;
+        if new == old {
+            return Some(EptEntry::from(old));
+        }
+        let found = memory.compare_exchange_u64(step.at, old, new);
+        if found == old {
+            return Some(EptEntry::from(new));
+        }
+        if (found ^ old) & !NOT_WALKED != 0 {
+            return None;
+        }
+        old = found;
+    }
+    None
 }
 
 /// A shadow entry that points to a table.

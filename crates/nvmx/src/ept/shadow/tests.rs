@@ -629,6 +629,23 @@ fn flags_are_set_atomically_and_a_change_in_between_is_seen() {
 }
 
 #[test]
+fn flags_are_set_beside_bits_of_software_that_change_all_the_time() {
+    let mut bed = Bed::new();
+    let eptp = bed.eptp(true);
+    bed.map(eptp, 0x5000, 1, 0x10_0000 | RWX | WB);
+    let pt = L1Gpa::new(bed.table(eptp, 0, 1) + 8 * 5);
+    bed.switch(0, eptp);
+    // The three upper levels, then the leaf thirty times.
+    bed.host.ram.interference = alloc::vec![(L1Gpa::new(0), 0); 3];
+    let counts = (1..=30).map(|n| (pt, 0x10_0000 | RWX | WB | n << 52));
+    bed.host.ram.interference.extend(counts);
+    let mapped = bed.filled(0, 0x5000, WRITE);
+    assert_eq!(mapped.hpa, real(0x10_0000));
+    assert_eq!(bed.host.ram.read_u64(pt), 0x10_0000 | RWX | WB | A | D | 30 << 52);
+    assert!(bed.host.ram.interference.is_empty());
+}
+
+#[test]
 fn invept_keeps_what_is_unchanged_and_takes_only_what_differs() {
     for flags in [false, true] {
         let mut bed = Bed::new();
