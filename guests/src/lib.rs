@@ -9,6 +9,7 @@
 pub mod boot;
 pub mod cases;
 pub mod gdt;
+pub mod local_apic;
 pub mod machine;
 pub mod measure;
 pub mod memory;
@@ -18,6 +19,7 @@ pub mod power;
 mod runtime;
 pub mod serial;
 pub mod single;
+pub mod smp;
 pub mod suite;
 pub mod traps;
 pub mod vmx;

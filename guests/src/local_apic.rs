@@ -7,11 +7,10 @@ use core::arch::asm;
 
 use vmx_defs::{L2Gpa, msr};
 
-use super::Stage;
 use crate::{
     skip,
     suite::{Ctx, Stop},
-    vmx::{ept::RWX, paging::WINDOW, rdmsr},
+    vmx::{Ept, ept::RWX, paging::WINDOW, rdmsr},
 };
 
 /// Where L2 sees the registers, once [`LocalApic::show`] has mapped them.
@@ -29,8 +28,8 @@ const TIMER: u64 = 0x320;
 const TIMER_COUNT: u64 = 0x380;
 const TIMER_DIVIDE: u64 = 0x3E0;
 
-/// The local APIC of the one processor.
-#[derive(Clone, Copy)]
+/// The local APIC of the processor that uses this.
+#[derive(Clone, Copy, Debug)]
 pub struct LocalApic {
     base: u64,
 }
@@ -71,6 +70,21 @@ impl LocalApic {
         self.write(ICR, SELF | 1 << 14 | u32::from(vector));
     }
 
+    /// Its identifier.
+    pub fn identifier(self) -> u32 {
+        self.read(ID) >> 24
+    }
+
+    /// Sends this interrupt command to the processor with that identifier.
+    pub fn command(self, identifier: u32, command: u32) {
+        const PENDING: u32 = 1 << 12;
+        self.write(ICR_HIGH, identifier << 24);
+        self.write(ICR, command);
+        while self.read(ICR) & PENDING != 0 {
+            core::hint::spin_loop();
+        }
+    }
+
     /// Starts the timer, once, with this vector after `count` of its ticks.
     pub fn start_timer(self, vector: u8, count: u32) {
         const BY_ONE: u32 = 0xB;
@@ -93,9 +107,9 @@ impl LocalApic {
 
     /// Maps the registers for L2 at [`SEEN_AT`] and prepares them so that L2, by writing
     /// [`NMI_COMMAND`] to [`ICR`], sends this processor an NMI.
-    pub fn show(self, ctx: &mut Ctx<'_>, stage: &Stage) {
+    pub fn show(self, ctx: &mut Ctx<'_>, ept: &Ept) {
         self.write(ICR_HIGH, self.read(ID) & 0xFF00_0000);
-        stage.vm.ept.map(ctx.arena, L2Gpa::new(SEEN_AT), 1, self.base | RWX);
+        ept.map(ctx.arena, L2Gpa::new(SEEN_AT), 1, self.base | RWX);
     }
 }
 

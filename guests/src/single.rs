@@ -1,15 +1,16 @@
-//! Answers: how does a program of one processor keep global state?
+//! Answers: how does the first processor keep global state?
 
 use core::cell::UnsafeCell;
 
-/// A global that only the one processor of this program uses.
+/// A global that only the first processor uses.
 ///
 /// [`get`](Self::get) hands out a raw pointer: whoever dereferences it argues that no other
-/// reference is live. The program starts no other processor and takes no interrupt; the only
-/// asynchronous entry is an exception, whose handler touches [`traps`](crate::traps) alone.
+/// reference is live. The program takes no interrupt; the only asynchronous entry is an exception,
+/// whose handler touches [`traps`](crate::traps) alone. Other processors, where a case starts them,
+/// keep off these globals; what is theirs says so ([`smp`](crate::smp)).
 pub struct Single<T>(UnsafeCell<T>);
 
-// SAFETY: the program runs on one processor and starts no other.
+// SAFETY: only the first processor uses it, or the one that its place says.
 unsafe impl<T> Sync for Single<T> {}
 
 impl<T> Single<T> {

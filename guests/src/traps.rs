@@ -18,7 +18,7 @@ use x86_64::{
     structures::DescriptorTablePointer,
 };
 
-use crate::{gdt, power, single::Single};
+use crate::{gdt, power, single::Single, smp};
 
 /// An exception that [`catch`] caught.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -205,6 +205,9 @@ pub fn panic_text() -> &'static str {
 
 /// What the image's panic handler does: a panic is a fault of its case.
 pub fn on_panic(info: &PanicInfo<'_>) -> ! {
+    if smp::is_other() {
+        smp::on_panic(info);
+    }
     // SAFETY: no reader of PANIC_TEXT is running.
     let text = unsafe { &mut *PANIC_TEXT.get() };
     text.clear();

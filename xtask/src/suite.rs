@@ -31,7 +31,10 @@ use crate::{
 };
 
 /// How many cases the conformance suite has at least.
-const CASES: usize = 150;
+const CASES: usize = 1050;
+
+/// How many of them pass on several processors.
+const SHARED_CASES: usize = 30;
 
 /// How long one conformance run may take.
 const CONFORMANCE_TIMEOUT: Duration = Duration::from_secs(400);
@@ -76,6 +79,7 @@ pub(crate) fn test(workspace: &Workspace, bochs: Option<&Path>) -> Result<ExitCo
     conformance(&with, &mut tally);
     tally.step("a foreign kernel", || with.foreign_kernel());
     tally.step("several processors", || with.several_processors());
+    tally.step("several processors that run L2s", || with.several_l2s());
     tally.step("images that L0 must refuse", || with.refusals());
     tally.step("nothing is left behind", || with.cleanup());
     tally.step("the demo", || {
@@ -414,6 +418,52 @@ impl Tests<'_> {
             counts = counts.plus(report.counts());
         }
         Ok(counts)
+    }
+
+    /// The suite's cases for several processors: what one changes of L2's EPT, others see.
+    fn several_l2s(&self) -> Result<Counts> {
+        let machines = [(Place::Native, 2), (Place::Nvmx, 2), (Place::Nvmx, 4)];
+        let reports = thread::scope(|scope| {
+            let runs = machines.map(|(place, cpus)| scope.spawn(move || self.l2s(place, cpus)));
+            runs.map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let mut counts = Counts::default();
+        for ((place, cpus), report) in machines.into_iter().zip(reports) {
+            let report = report.with_context(|| format!("{cpus} processors, {place:?}"))?;
+            println!("{cpus} processors, {place:?}: {}", report.counts());
+            counts = counts.plus(report.counts());
+        }
+        Ok(counts)
+    }
+
+    fn l2s(&self, place: Place, cpus: u32) -> Result<Report> {
+        let run = Run {
+            name: &match place {
+                Place::Native => format!("l2s-native-{cpus}"),
+                Place::Nvmx => format!("l2s-nvmx-{cpus}"),
+            },
+            boot: Boot {
+                l0: (place == Place::Nvmx).then(|| self.l0("vmfunc=emulated")),
+                l1: Some(self.workspace.image(images::CONFORMANCE)),
+                cmdline: format!("cpus={cpus}"),
+                modules: Vec::new(),
+            },
+            machine: Machine { cpus, ..Machine::default() },
+            until: Until::Verdict,
+            timeout: CONFORMANCE_TIMEOUT,
+            show: false,
+        };
+        let outcome = run.make(self.workspace, self.bochs)?;
+        let report = Report::parse(&outcome.serial);
+        if let Ok(report) = &report {
+            let failures = report.failures().map(|(name, reason)| format!("{name}: {reason}"));
+            none(&failures.collect::<Vec<_>>())?;
+        }
+        outcome.into_result()?;
+        let report = report.map_err(anyhow::Error::msg)?;
+        let passed = report.counts().passed;
+        ensure!(passed >= SHARED_CASES, "only {passed} cases, not {SHARED_CASES}");
+        Ok(report)
     }
 
     /// Images that can't be booted are refused in words, and the machine ends as failed.

@@ -17,8 +17,9 @@ pub mod invalidate;
 pub mod l2;
 pub mod operands;
 pub mod seed;
+pub mod smp;
 
-/// Every case, file by file, in the order they run.
+/// Every case of one processor, file by file, in the order they run.
 pub const ALL: &[&[Case]] = &[
     harness::CASES,
     instructions::CASES,
@@ -41,6 +42,7 @@ pub const ALL: &[&[Case]] = &[
     ept::MISCONFIGURATIONS,
     ept::AD,
     ept::WALK,
+    ept::MANY,
     seed::S1,
     seed::S2,
     seed::S3,
@@ -69,3 +71,6 @@ pub const ALL: &[&[Case]] = &[
     behaviour::alternate::CASES,
     behaviour::unseen::CASES,
 ];
+
+/// Every case that needs more than one processor.
+pub const SEVERAL: &[&[Case]] = &[smp::CASES, smp::SHARED, smp::MOVES];

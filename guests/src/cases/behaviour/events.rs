@@ -10,12 +10,11 @@ use vmx_defs::{
     event::{Interruptibility, activity},
 };
 
-use super::{
-    Control, Stage,
-    local_apic::{ICR, LocalApic, NMI_COMMAND, SEEN_AT, unblock_nmis},
-};
+use super::{Control, Stage};
 use crate::{
-    ensure, ensure_eq, l2_code, skip,
+    ensure, ensure_eq, l2_code,
+    local_apic::{ICR, LocalApic, NMI_COMMAND, SEEN_AT, unblock_nmis},
+    skip,
     suite::{Case, Ctx, Stop, Verdict},
     vmx::{Exit, snippet::Idt, vm::instructions, vmcs},
 };
@@ -226,7 +225,7 @@ fn interrupt_sti(ctx: &mut Ctx<'_>) -> Verdict {
 /// L2 set up to send itself an NMI with [`send`].
 fn with_nmi(ctx: &mut Ctx<'_>) -> Result<Stage, Stop> {
     let mut stage = Stage::new(ctx)?;
-    LocalApic::new()?.show(ctx, &stage);
+    LocalApic::new()?.show(ctx, &stage.vm.ept);
     stage.vm.registers.rbx = SEEN_AT + ICR;
     stage.vm.registers.rax = NMI_COMMAND;
     Ok(stage)

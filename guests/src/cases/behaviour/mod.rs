@@ -10,7 +10,6 @@ pub mod control_registers;
 pub mod delivery;
 pub mod events;
 pub mod instructions;
-pub mod local_apic;
 pub mod modes;
 pub mod state;
 pub mod unseen;

@@ -4,6 +4,7 @@
 //! Dirty Flags for EPT".
 
 mod ad;
+pub mod many;
 mod misconfiguration;
 mod permissions;
 mod walk;
@@ -31,6 +32,8 @@ pub const PERMISSIONS: &[Case] = permissions::CASES;
 pub const MISCONFIGURATIONS: &[Case] = misconfiguration::CASES;
 /// Accessed and dirty flags.
 pub const AD: &[Case] = ad::CASES;
+/// More EPTs and tables than can be shadowed.
+pub const MANY: &[Case] = many::CASES;
 /// Accesses to L2's paging structures.
 pub const WALK: &[Case] = walk::CASES;
 
