@@ -38,6 +38,8 @@ pub struct NestConfig {
     pub hidden: Vec<L1Gpa>,
     /// What VMFUNC of L2 does.
     pub vmfunc: VmfuncMode,
+    /// L0 interrupts each processor before an operation once in so many times, by this seed.
+    pub kicks: Option<(u64, u64)>,
 }
 
 impl Default for NestConfig {
@@ -51,6 +53,7 @@ impl Default for NestConfig {
             leaves: Leaves::Huge,
             hidden: Vec::new(),
             vmfunc: VmfuncMode::Emulated,
+            kicks: None,
         }
     }
 }
@@ -73,18 +76,19 @@ impl NestConfig {
             2 => Leaves::Small,
             _ => Leaves::Scattered(rng.next()),
         };
-        Self { frames, roots, vmcs_cache, leaves, ..Self::default() }
+        let kicks = rng.one_in(3).then(|| (1 + rng.below(50), rng.next()));
+        Self { frames, roots, vmcs_cache, leaves, kicks, ..Self::default() }
     }
 }
 
 impl fmt::Display for NestConfig {
     /// All of it, but for a processor that is the default one.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { hardware, frames, roots, vmcs_cache, leaves, hidden, vmfunc } = self;
+        let Self { hardware, frames, roots, vmcs_cache, leaves, hidden, vmfunc, kicks } = self;
         write!(
             f,
             "NestConfig {{ frames: {frames}, roots: {roots}, vmcs_cache: {vmcs_cache}, \
-             leaves: {leaves:?}, hidden: {hidden:?}, vmfunc: {vmfunc:?}"
+             leaves: {leaves:?}, hidden: {hidden:?}, vmfunc: {vmfunc:?}, kicks: {kicks:?}"
         )?;
         if *hardware != ModelCaps::default() {
             write!(f, ", hardware: {hardware:?}")?;

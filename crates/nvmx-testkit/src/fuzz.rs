@@ -43,10 +43,7 @@ impl Case {
             4..=6 => Retention::Random(rng.next()),
             _ => Retention::Nothing,
         };
-        let mut config = NestConfig::random(rng.next());
-        if profile.processors > 1 {
-            config.frames = config.frames.max(256);
-        }
+        let config = NestConfig::random(rng.next());
         Self { seed, profile, retention, config }
     }
 }

@@ -13,6 +13,7 @@ use nvmx::{Config, Gprs, Handled, Nested, caps::Caps};
 use vmx_defs::event::{IntrInfo, vector};
 use vmx_defs::{EptPermissions, Eptp, ExitReason, Field, Hpa, L1Gpa};
 use vmx_model::registers::{gpr, rflags};
+use vmx_model::retention::Rng;
 use vmx_model::{Machine, ModelCaps, Operation, Outcome, Platform, Retention, VmxMode, layout};
 
 use crate::caps;
@@ -24,7 +25,10 @@ use crate::vmcs01;
 use crate::watch::{Tamper, Watch};
 
 /// Exits that one operation may take. Each is of a level of a walk, a byte or a table at most.
-const EXITS: usize = 2_000;
+const EXITS: u64 = 2_000;
+
+/// After so many, L0 makes the other processors exit: they may hold what this one waits for.
+const PATIENCE: u64 = 16;
 
 /// What L1 was offered.
 #[derive(Debug)]
@@ -42,6 +46,8 @@ pub struct Nest {
     offer: Offer,
     exits: u64,
     watch: Watch,
+    /// When L0 interrupts processors.
+    kicks: Option<(u64, Rng)>,
 }
 
 /// What L0 keeps of a processor of L1.
@@ -107,8 +113,9 @@ impl Nest {
             ept01: ept01.eptp(),
         });
         let watch = Watch::new(config.frames, processors);
+        let kicks = config.kicks.map(|(odds, seed)| (odds, Rng::new(seed)));
         let mut nest =
-            Self { machine, nested, processors: Vec::new(), ept01, offer, exits: 0, watch };
+            Self { machine, nested, processors: Vec::new(), ept01, offer, exits: 0, watch, kicks };
         nest.host(0).fill_msr_bitmap();
         for processor in 0..processors {
             if let Err(error) = nest.start(hardware, processor) {
@@ -363,14 +370,21 @@ impl Platform for Nest {
         if self.processors[number].dead {
             return Outcome::Stopped;
         }
+        self.kick_some();
         let mut progress = Progress::None;
-        for _ in 0..EXITS {
+        let first = self.exits;
+        while self.exits - first < EXITS {
             let in_guest = self.machine.processors[number].mode() == VmxMode::NonRoot;
             assert!(in_guest, "L0 has not entered");
             let Machine { memory, processors } = &mut self.machine;
             let mut outcome = processors[number].execute(memory, operation);
             // As long as there is something to do for L0.
-            while let Outcome::Exit(reason) = outcome {
+            while let Outcome::Exit(reason) = outcome
+                && self.exits - first < EXITS
+            {
+                if (self.exits - first) % PATIENCE == PATIENCE - 1 {
+                    self.kick_others(number);
+                }
                 outcome = match self.exited(number, operation, reason, &mut progress) {
                     Ok(outcome) => outcome,
                     Err(seen) => return seen,
@@ -404,6 +418,34 @@ impl Platform for Nest {
 }
 
 impl Nest {
+    /// A processor exits to L0, which has nothing to do but what is due at each exit.
+    fn kick(&mut self, number: usize) {
+        if self.processors[number].dead {
+            return;
+        }
+        let Machine { memory, processors } = &mut self.machine;
+        processors[number].exit_to_hypervisor(memory);
+        self.processors[number].engine.exited_to_host();
+        self.exits += 1;
+        let entered = self.enter(number);
+        assert_eq!(entered, Outcome::Entered(None), "L0 enters what it has interrupted");
+    }
+
+    fn kick_others(&mut self, number: usize) {
+        for other in (0..self.processors.len()).filter(|other| *other != number) {
+            self.kick(other);
+        }
+    }
+
+    /// L0's own interrupts.
+    fn kick_some(&mut self) {
+        for number in 0..self.processors.len() {
+            if self.kicks.as_mut().is_some_and(|(odds, rng)| rng.one_in(*odds)) {
+                self.kick(number);
+            }
+        }
+    }
+
     /// Handles an exit that an operation, or the entry after an earlier one, has led to, and enters
     /// again. `Err` is what the program sees in the end.
     fn exited(
@@ -431,8 +473,9 @@ impl Nest {
         match (was_l2, is_l2) {
             (false, true) => *progress = Progress::Entering,
             (true, false) => return Err(Outcome::Exit(self.reason_for_l1(number))),
-            // An entry that failed for its guest state loads the host state.
-            (false, false) if is_entry && !pending && now != rip.wrapping_add(3) => {
+            // An entry that failed for its guest state loads the host state. One that has to wait for
+            // another processor is executed again.
+            (false, false) if is_entry && !pending && now != rip && now != rip.wrapping_add(3) => {
                 return Err(Outcome::Exit(self.reason_for_l1(number)));
             }
             _ if *progress == Progress::Entering => {}

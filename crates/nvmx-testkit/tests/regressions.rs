@@ -3,7 +3,7 @@
 //! Programs as they were shrunk, each run under every policy of the caches and on hosts of several
 //! kinds. The names say what was wrong.
 
-use nvmx_testkit::{Case, NestConfig};
+use nvmx_testkit::{Case, Leaves, NestConfig};
 use vmx_defs::Field;
 use vmx_defs::event::vector;
 use vmx_model::generate::{Invalidation, Profile};
@@ -81,4 +81,27 @@ fn flags_set_on_a_stale_path_that_no_value_tells_of_are_allowed() {
         ],
     );
     holds(Invalidation::Careless, &program);
+}
+
+#[test]
+fn an_entry_that_has_to_wait_for_frames_is_tried_again() {
+    // All frames are the other processor's, until it exits.
+    let setup = Setup { processors: 2, ..Setup::default() };
+    let mut steps = Vec::new();
+    for (processor, views) in [(0, &[5, 0, 2, 3][..]), (1, &[1, 0])] {
+        for view in views {
+            for action in [switch(*view), load(0x20_5008), load(0x2_2000)] {
+                steps.push(Step { processor, action });
+            }
+        }
+        steps.push(Step { processor: 0, action: Action::Leave });
+    }
+    steps.push(Step { processor: 0, action: load(0x2_8000) });
+    let program = Program { setup, steps };
+    let profile = Profile { invalidation: Invalidation::Sufficient, ..Profile::default() };
+    for leaves in [Leaves::Small, Leaves::Huge] {
+        let config = NestConfig { leaves, ..NestConfig::scarce() };
+        let case = Case { seed: 0, profile, retention: Retention::Everything, config };
+        assert!(case.try_program(&program).is_ok());
+    }
 }

@@ -27,18 +27,11 @@ fn cases(
     })
 }
 
-/// A random host with frames for a few processors: one that runs L2 without an exit may keep all
-/// that another has given up.
-fn roomy(seed: u64) -> NestConfig {
-    let config = NestConfig::random(seed);
-    NestConfig { frames: config.frames.max(256), ..config }
-}
-
 #[test]
 fn an_l1_that_invalidates_enough_sees_the_bare_machine() {
     for invalidation in EXACT {
         let profile = Profile { invalidation, ..Profile::default() };
-        hold(cases(0..1000, profile, |_| NestConfig::default()));
+        hold(cases(0..700, profile, |_| NestConfig::default()));
     }
 }
 
@@ -46,20 +39,44 @@ fn an_l1_that_invalidates_enough_sees_the_bare_machine() {
 fn on_several_processors_too() {
     for invalidation in EXACT {
         let profile = Profile { invalidation, processors: 3, steps: 100, ..Profile::default() };
-        hold(cases(0..500, profile, roomy));
+        hold(cases(0..400, profile, NestConfig::random));
     }
 }
 
 #[test]
 fn a_host_that_is_short_of_everything_is_no_different() {
     for invalidation in EXACT {
-        let profile = Profile { invalidation, ..Profile::default() };
-        hold(cases(1000..1500, profile, |_| NestConfig::scarce()));
+        let profile = Profile { invalidation, processors: 2, ..Profile::default() };
+        hold(cases(1000..1400, profile, |_| NestConfig::scarce()));
+    }
+}
+
+#[test]
+fn a_host_that_interrupts_all_the_time_is_no_different() {
+    for invalidation in EXACT {
+        let profile = Profile { invalidation, processors: 2, ..Profile::default() };
+        let config = |seed| NestConfig { kicks: Some((2, seed)), ..NestConfig::random(seed) };
+        hold(cases(2000..2200, profile, config));
+    }
+}
+
+#[test]
+fn a_hostile_l1_sees_the_bare_machine() {
+    for invalidation in EXACT {
+        let profile =
+            Profile { invalidation, processors: 2, wild: true, steps: 150, ..Profile::default() };
+        hold(cases(3000..3400, profile, NestConfig::random));
     }
 }
 
 #[test]
 fn a_careless_l1_sees_what_some_processor_does() {
-    let profile = Profile { processors: 2, ..Profile::default() };
-    hold(cases(0..200, profile, roomy));
+    let profile = Profile { processors: 3, ..Profile::default() };
+    hold(cases(0..200, profile, NestConfig::random));
+    hold(cases(200..300, Profile { wild: true, ..profile }, NestConfig::random));
+}
+
+#[test]
+fn the_cases_of_the_fuzzer() {
+    hold((0..1500).map(Case::of_seed));
 }

@@ -359,6 +359,13 @@ impl Processor {
         self.shootdown.last() != self.flushed_for
     }
 
+    /// The guest has exited for a reason of the host's own, an interrupt of its own, say, and the
+    /// exit is not handed to the engine. The host goes on as after any other exit.
+    #[inline]
+    pub fn exited_to_host(&mut self) {
+        self.launched |= self.running;
+    }
+
     /// Whether L1 is in VMX operation on this processor.
     #[inline]
     pub fn in_vmx_operation(&self) -> bool {

@@ -21,7 +21,7 @@ use crate::memory::Memory;
 use crate::operation::Operation;
 use crate::registers::{Registers, rflags};
 use crate::retention::Retention;
-use crate::stop::Event;
+use crate::stop::{Event, ExitInfo};
 use crate::vmcs::Vmcs;
 
 /// Where a processor stands towards VMX.
@@ -189,6 +189,15 @@ impl Processor {
     /// An external interrupt arrives. It is taken before the next operation, unless masked.
     pub fn signal_interrupt(&mut self, vector: u8) {
         self.pending_interrupt = Some(vector);
+    }
+
+    /// An exit of the guest that runs, which is the hypervisor's own business: say, for a timer.
+    ///
+    /// # Panics
+    /// Where no guest runs.
+    pub fn exit_to_hypervisor(&mut self, memory: &mut Memory) {
+        assert_eq!(self.mode, VmxMode::NonRoot, "only a guest can exit");
+        self.vm_exit(memory, ExitInfo::new(ExitReason::PREEMPTION_TIMER));
     }
 
     /// Whether two processors are in the same state, the log of invalidations included.
