@@ -44,7 +44,10 @@ pub struct Config {
     pub sizes: AddressSizes,
     /// First frame of the pool of shadow tables: host memory that no guest reaches.
     pub frames: Hpa,
-    /// Number of frames in the pool, 16 or more, and more than twice the number of processors.
+    /// Number of frames in the pool, 16 or more, and more than twice the number of processors. L2 goes
+    /// on only if the tables fit that one of its instructions needs at once: up to three for each
+    /// step of each of its page walks, some 200 where L1 scatters them over its whole address space.
+    /// With fewer frames than that, such a guest exits again and again.
     pub frame_count: u32,
     /// Greatest number of shadow roots, more than the number of processors.
     pub roots: u32,
