@@ -389,6 +389,40 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         replace: "self.free.push(id.0);",
         caught_by: ("transparency", "a_host_that_is_short_of_everything_is_no_different"),
     },
+    Mutation {
+        name: "frame-reused-before-others-flush",
+        breaks: "frames are used again although another processor that runs L2 may know them",
+        file: "ept/pool.rs",
+        find: "shootdown.is_complete(request, Place::Shadow, Some(acting))",
+        replace: "true",
+        caught_by: ("reclaim", "a_processor_that_stays_in_its_guest_keeps_its_own_pages"),
+    },
+    Mutation {
+        name: "asked-flush-skipped",
+        breaks: "a processor that another asked to flush says that it has, and has not",
+        file: "ept/shadow.rs",
+        find: "self.shootdown.flush_if_behind(processor, || {
+            counters.invepts += 1;
+            host.invept(InvEpt::All)
+        })",
+        replace: "self.shootdown.flush_if_behind(processor, || Ok(()))",
+        caught_by: ("transparency", "a_host_that_is_short_of_everything_is_no_different"),
+    },
+    Mutation {
+        name: "asked-flush-of-one-root",
+        breaks: "frames are used again after INVEPT of only one of the roots that reached them",
+        file: "ept/shadow.rs",
+        find: "self.shootdown.flush_if_behind(processor, || {
+            counters.invepts += 1;
+            host.invept(InvEpt::All)
+        })",
+        replace: "self.shootdown.flush_if_behind(processor, || {
+                counters.invepts += 1;
+                let root = self.roots.iter().flatten().next();
+                root.map_or(Ok(()), |root| host.invept(InvEpt::Single(root.eptp02)))
+            })",
+        caught_by: ("transparency", "a_host_that_is_short_of_everything_is_no_different"),
+    },
     // Accessed and dirty flags.
     Mutation {
         name: "flags-of-eptp-ignored",
