@@ -2,19 +2,20 @@
 //!
 //! With one processor L1 has its local APIC to itself. With several, L0 must see when L1 resets or
 //! starts a processor: an INIT that reached a processor in VMX operation would stop it from being
-//! L1's. So writes to the interrupt command register exit (x2APIC: the MSR; xAPIC: EPT01 maps the
-//! page read-only), INIT and startup are served in software, and everything else is passed on as it
+//! L1's. So writes to the interrupt command register exit (x2APIC: the MSR; xAPIC: writes to
+//! its page are tracked, L2's too), INIT and startup are served in software, and everything else is passed on as it
 //! is.
 
 use core::sync::atomic::Ordering;
 
 use iced_x86::{Code, Decoder, DecoderOptions, OpKind, Register};
 use nvmx::Gprs;
+use nvmx::guest_memory::{GuestMemory, GuestSpace};
 use nvmx::host::{HostResult, L1Memory, Vmx};
 use nvmx::insn::{is_64_bit, register, set_register};
 use nvmx::paging::{Access, Paging, RFLAGS_RF};
 use vmx_defs::event::Interruptibility;
-use vmx_defs::{Field, Gva, L1Gpa, msr as number};
+use vmx_defs::{Field, Gva, msr as number};
 
 use crate::host::Host;
 use crate::msr::{self, MsrFault};
@@ -53,6 +54,11 @@ pub(crate) enum LocalApic {
 }
 
 impl LocalApic {
+    /// The page of L1's, which stays where firmware has put it.
+    pub(crate) fn page() -> u64 {
+        page_of(msr::read(number::APIC_BASE))
+    }
+
     /// As this processor's is now.
     pub(crate) fn current() -> Self {
         let base = msr::read(number::APIC_BASE);
@@ -174,22 +180,24 @@ pub(crate) fn prepare_decoder() {
     let _ = Decoder::new(64, &NOP, DecoderOptions::NONE).decode();
 }
 
-/// What becomes of a write that EPT01 keeps from the xAPIC's page.
+/// What becomes of a guest's write to the xAPIC's page.
 pub(crate) enum PageWrite {
-    /// It is done, and L1 goes on behind the instruction.
+    /// It is done, and the guest goes on behind the instruction.
     Done,
     /// It is none that L0 can do.
     Refused,
 }
 
-/// Does L1's write to its local APIC at `offset` of the page.
+/// Does a guest's write to the local APIC at `offset` of the page; `space` says where it finds its
+/// code.
 pub(crate) fn write_page(
     host: &mut Host,
     gprs: &mut Gprs,
     own: &Processor,
     offset: u64,
+    space: GuestSpace,
 ) -> HostResult<PageWrite> {
-    let Some((code, len)) = fetch(host)? else { return Ok(PageWrite::Refused) };
+    let Some((code, len)) = fetch(host, space)? else { return Ok(PageWrite::Refused) };
     let bits = if is_64_bit(host)? {
         64
     } else if host.vmread(Field::GUEST_CS_AR)? & 1 << 14 != 0 {
@@ -232,23 +240,24 @@ pub(crate) fn write_page(
 /// The longest instruction.
 const LONGEST: usize = 15;
 
-/// The bytes at L1's RIP, as many as are there.
-fn fetch(host: &mut Host) -> HostResult<Option<([u8; LONGEST], usize)>> {
+/// The bytes at the guest's RIP, as many as are there.
+fn fetch(host: &mut Host, space: GuestSpace) -> HostResult<Option<([u8; LONGEST], usize)>> {
     let long = is_64_bit(host)?;
     let base = if long { 0 } else { host.vmread(Field::GUEST_CS_BASE)? };
     let rip = host.vmread(Field::GUEST_RIP)?;
     let mask = if long { u64::MAX } else { 0xFFFF_FFFF };
     let paging = Paging::read(host, host.sizes())?;
+    let mut memory = GuestMemory { memory: host, space };
     let mut code = [0; LONGEST];
     let mut len = 0;
     while len < LONGEST {
         let linear = base.wrapping_add(rip).wrapping_add(len as u64) & mask;
         // The processor has just fetched from there: what it may read is enough to know.
         let access = Access::Read;
-        let Ok(gpa) = paging.translate(host, Gva::new(linear), access) else { break };
+        let Ok(gpa) = paging.translate(&mut memory, Gva::new(linear), access) else { break };
         let part = ((PAGE - gpa.page_offset()) as usize).min(LONGEST - len);
         let Some(target) = code.get_mut(len..len + part) else { break };
-        host.read(L1Gpa::new(gpa.as_u64()), target);
+        memory.read(gpa, target);
         len += part;
     }
     Ok((len != 0).then_some((code, len)))

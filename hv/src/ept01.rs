@@ -5,31 +5,42 @@
 //! changes an MTRR a second set is built and then put under the same root, so that a processor never
 //! walks a table that changes under it, and the EPT pointer is always the same. A set is filled anew
 //! only once no processor can have cached anything of it ([`nvmx::shootdown`]).
+//!
+//! Write access to single pages comes and goes in place ([`Ept01::deny_writes`]): a large page is
+//! split into a complete table first, whose pointer then replaces it in one store; so does the entry
+//! with the other rights.
 
+use arrayvec::ArrayVec;
 use vmx_defs::ept::memory_type::{UC, WB, is_valid};
 use vmx_defs::{EptPermissions, Eptp, Hpa, L1Gpa};
 
 use nvmx::host::L1Mapping;
 use nvmx::shootdown::{Place, Request, Shootdown};
+use nvmx::tracking::TRACKED_PAGES;
 
 use crate::mtrr::Mtrrs;
 use crate::phys::{PAGE, PAGE_1G, PAGE_2M, Span, direct};
 use crate::region::Region;
 
 const READ: u64 = 1;
+const WRITE: u64 = 2;
 const ALL: u64 = 7;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
 /// Frames of one set for directories and tables below 1G pages: each border of a variable range
 /// needs two at most, and there are two borders each of at most 32 ranges; the fixed ranges,
-/// L0's own and the watched page need two each.
-const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8;
+/// L0's own and each page that can't be written need two each.
+const SPLIT_FRAMES: u64 = 2 * 2 * 32 + 8 + 2 * TRACKED_PAGES as u64;
 /// Greatest physical-address width that EPT01 covers, and L1 is told of: four levels translate 48
 /// bits; without 1G pages a directory is needed for each GiB, which is bounded to 512 GiB.
 pub(crate) const fn greatest_width(has_1g_pages: bool) -> u8 {
     if has_1g_pages { 48 } else { 39 }
 }
+
+/// A large page can't be split now: the frames for it may still be in some processor's caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Busy;
 
 /// One of the two sets of tables.
 #[derive(Debug)]
@@ -60,8 +71,8 @@ pub(crate) struct Ept01 {
     width: u8,
     has_1g_pages: bool,
     own: Span,
-    /// A page that L1 may read but not write: the local APIC's, with several processors.
-    watched: Span,
+    /// Pages that L1 may read and execute but not write.
+    denied: ArrayVec<u64, TRACKED_PAGES>,
     /// The page of ones.
     ones: u64,
     /// A table that maps every page to `ones`, read-only: all of L0's range uses it.
@@ -88,12 +99,7 @@ fn load(table: u64, index: u64) -> u64 {
 impl Ept01 {
     /// Builds the tables for a processor with `width` physical-address bits. The frames for both
     /// sets come out of `region`.
-    pub(crate) fn new(
-        region: &mut Region,
-        width: u8,
-        has_1g_pages: bool,
-        watched: Option<u64>,
-    ) -> Self {
+    pub(crate) fn new(region: &mut Region, width: u8, has_1g_pages: bool) -> Self {
         let ones = region.take_frames(1);
         // SAFETY: the frame was just taken.
         unsafe { direct::<u8>(ones).write_bytes(0xFF, PAGE as usize) };
@@ -112,7 +118,7 @@ impl Ept01 {
             width,
             has_1g_pages,
             own: crate::region::own(),
-            watched: watched.map_or(Span::default(), |page| Span { start: page, end: page + PAGE }),
+            denied: ArrayVec::new(),
             ones,
             ones_table,
             root,
@@ -138,13 +144,74 @@ impl Ept01 {
         if mtrrs == self.mtrrs {
             return true;
         }
-        let walked = |left| !shootdown.is_complete(left, Place::Ept01, Some(own));
-        if self.left.is_some_and(walked) {
+        if !self.may_build(shootdown, own) {
             return false;
         }
         self.mtrrs = mtrrs;
         self.build();
         self.left = Some(shootdown.request());
+        true
+    }
+
+    /// Whether no processor but `own`, which calls, may still walk the set that is not in use.
+    fn may_build(&self, shootdown: &Shootdown, own: usize) -> bool {
+        self.left.is_none_or(|left| shootdown.is_complete(left, Place::Ept01, Some(own)))
+    }
+
+    /// Takes write access to the page at `page` away from L1. It is L1's, and mapped.
+    ///
+    /// # Errors
+    /// [`Busy`].
+    pub(crate) fn deny_writes(
+        &mut self,
+        page: u64,
+        shootdown: &Shootdown,
+        own: usize,
+    ) -> Result<(), Busy> {
+        self.denied.try_push(page).map_err(|_| Busy)?;
+        if self.set_rights(page, ALL & !WRITE) {
+            return Ok(());
+        }
+        // Earlier pages have used up what there is to split with; a new set splits for these only.
+        if !self.may_build(shootdown, own) {
+            self.denied.pop();
+            return Err(Busy);
+        }
+        self.build();
+        self.left = Some(shootdown.request());
+        Ok(())
+    }
+
+    /// Gives L1 back the write access that [`Self::deny_writes`] took.
+    pub(crate) fn allow_writes(&mut self, page: u64) {
+        self.denied.retain(|denied| *denied != page);
+        // The page's own entry is there since.
+        self.set_rights(page, ALL);
+    }
+
+    /// Gives L1 the rights of one 4-KByte page anew. `false` where a large page would have to be
+    /// split and there is no frame for it.
+    fn set_rights(&mut self, page: u64, rights: u64) -> bool {
+        let mut table = self.root;
+        for shift in [39, 30, 21] {
+            let index = page >> shift & 511;
+            let entry = load(table, index);
+            if shift != 39 && entry & LARGE != 0 {
+                let Some(below) = self.sets[self.current].take() else { return false };
+                let part = 1_u64 << (shift - 9);
+                // Of the same type and rights; a page of 4 KBytes has no bit that says its size.
+                let same = if part == PAGE { entry & !LARGE } else { entry };
+                for n in 0..512 {
+                    store(below, n, same + n * part);
+                }
+                store(table, index, below | ALL);
+                table = below;
+            } else {
+                table = entry & ADDRESS;
+            }
+        }
+        let index = page >> 12 & 511;
+        store(table, index, load(table, index) & !ALL | rights);
         true
     }
 
@@ -181,8 +248,8 @@ impl Ept01 {
         }
         let mut kind = self.mtrrs.kind_of(span);
         let may_be_leaf = size != PAGE_1G || self.has_1g_pages;
-        let watched = span.overlaps(self.watched);
-        if !may_be_leaf || span.overlaps(self.own) || (watched && size != PAGE) {
+        let denied = self.denied.iter().any(|page| span.start <= *page && *page < span.end);
+        if !may_be_leaf || span.overlaps(self.own) || (denied && size != PAGE) {
             kind = None;
         }
         if kind.is_none()
@@ -203,13 +270,8 @@ impl Ept01 {
         }
         let kind = kind.filter(|kind| is_valid(*kind)).unwrap_or(UC);
         let large = if size == PAGE { 0 } else { LARGE };
-        let rights = if watched { READ } else { ALL };
+        let rights = if denied { ALL & !WRITE } else { ALL };
         store(table, index, physical | rights | large | u64::from(kind) << 3);
-    }
-
-    /// The page that L1 may not write, if there is one.
-    pub(crate) fn watched(&self) -> Span {
-        self.watched
     }
 
     /// EPT01's translation of `gpa`: total, the page of ones where nothing is mapped.

@@ -6,18 +6,20 @@
 
 use nvmx::Gprs;
 use nvmx::engine::Handled;
-use nvmx::host::{HostError, HostResult, Msrs, Vmx};
+use nvmx::host::{HostError, HostResult, L1Memory, Msrs, Vmx};
 use nvmx::inject::{self, Exception, Fault, Outcome};
 use nvmx::regs::{RAX, RBX, RCX, RDX};
+use vmx_defs::ept::EptViolation;
 use vmx_defs::event::{Interruptibility, IntrInfo, kind, vector};
 use vmx_defs::exit::CrAccess;
-use vmx_defs::{ExitReason, Field, ProcCtls2};
+use vmx_defs::{EptPermissions, ExitReason, Field, L1Gpa, ProcCtls2};
 
-use crate::apic::{self, PageWrite};
+use crate::apic::{self, LocalApic, PageWrite};
 use crate::console::fail;
 use crate::counters::Level;
 use crate::guest_cpuid::{self, Mirrored};
 use crate::guest_cr;
+use crate::host::Host;
 use crate::processor::Processor;
 use crate::say;
 use crate::smp;
@@ -65,7 +67,7 @@ impl Vcpu {
                 }
             }
             world::Event::Retry => {}
-            world::Event::EntryFailed => self.entry_failed()?,
+            world::Event::EntryFailed => self.entry_failed(gprs)?,
         }
         if self.host.memory_types_changed {
             self.follow_memory_types();
@@ -103,11 +105,11 @@ impl Vcpu {
     }
 
     /// VMLAUNCH or VMRESUME failed: for L2 it is L1's failure that no check of ours found.
-    fn entry_failed(&mut self) -> HostResult {
+    fn entry_failed(&mut self, gprs: &mut Gprs) -> HostResult {
         if self.engine.runs_l2() {
             let handled =
                 self.host.machine.nested.lock().entry_refused(&mut self.engine, &mut self.host)?;
-            return self.conclude(handled);
+            return self.conclude(handled, gprs);
         }
         let error = self.host.vmread(Field::VM_INSTRUCTION_ERROR)?;
         fail(format_args!("L1 can't be entered: VM-instruction error {error}"))
@@ -125,11 +127,11 @@ impl Vcpu {
             gprs,
             reason,
         )?;
-        self.conclude(handled)
+        self.conclude(handled, gprs)
     }
 
     /// What the engine leaves to do.
-    fn conclude(&mut self, handled: Handled) -> HostResult {
+    fn conclude(&mut self, handled: Handled, gprs: &mut Gprs) -> HostResult {
         match handled {
             Handled::Enter => Ok(()),
             // The guest state says so: the processor waits for INIT, the others go on.
@@ -137,7 +139,8 @@ impl Vcpu {
             Handled::Shutdown => {
                 self.end(ExitReason::TRIPLE_FAULT, "L1's only processor shut down by a VMX abort")
             }
-            Handled::NotMine | Handled::TrackedWrite(_) => {
+            Handled::TrackedWrite(at) => self.write_tracked(gprs, at),
+            Handled::NotMine => {
                 let reason = self.host.vmread(Field::EXIT_REASON)? as u32;
                 self.end(ExitReason::from_bits(reason), "nobody handles an exit")
             }
@@ -196,12 +199,7 @@ impl Vcpu {
                 self.start_at(vector)?;
                 Next::Same
             }
-            ExitReason::EPT_VIOLATION if self.is_watched()? => return self.write_watched(gprs),
-            ExitReason::EPT_VIOLATION => {
-                // All else that EPT01 forbids is to write or execute L0's own memory.
-                self.raise(Exception::new(vector::GP))?;
-                Next::Same
-            }
+            ExitReason::EPT_VIOLATION => return self.ept_violation(gprs),
             ExitReason::TASK_SWITCH => {
                 self.task_switch()?;
                 Next::Same
@@ -235,7 +233,7 @@ impl Vcpu {
             guest_cr::set_masks(&mut self.host, is)?;
             self.processor.set_init_blocked(is);
         }
-        self.conclude(handled)
+        self.conclude(handled, gprs)
     }
 
     /// Ends the machine, since L1 can't go on.
@@ -296,26 +294,49 @@ impl Vcpu {
         Ok(guest_cr::access(&mut self.host, gprs, access, self.engine.in_vmx_operation())?.into())
     }
 
-    /// Whether L1 touched the page of its local APIC in a way that EPT01 forbids.
-    fn is_watched(&mut self) -> HostResult<bool> {
-        if !self.host.machine.is_smp {
-            return Ok(false);
+    /// L1 did what EPT01 forbids, or did when the processor looked.
+    fn ept_violation(&mut self, gprs: &mut Gprs) -> HostResult {
+        let at = L1Gpa::new(self.host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?);
+        let access = EptViolation::from(self.host.vmread(Field::EXIT_QUALIFICATION)?);
+        // EPT01 has no accessed and dirty flags: a page walk counts as what it does.
+        let wanted = EptPermissions::from_bits_truncate(access.into_bits() as u8 & 7);
+        let missing = wanted - self.host.translate(at).permissions;
+        if missing.is_empty() {
+            return inject::retry(&mut self.host, access.nmi_unblocking());
         }
-        let at = self.host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?;
-        let watched = self.host.machine.ept01.lock().watched();
-        Ok((watched.start..watched.end).contains(&at))
+        if missing == EptPermissions::WRITE && self.host.machine.tracked.contains(at) {
+            return self.write_tracked(gprs, at);
+        }
+        // All else is to write or execute L0's own memory.
+        self.raise(Exception::new(vector::GP))
     }
 
-    /// L1 wrote to its local APIC.
-    fn write_watched(&mut self, gprs: &mut Gprs) -> HostResult {
-        let at = self.host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?;
+    /// L1 or L2, whichever runs, writes to a page of L1 that is tracked.
+    fn write_tracked(&mut self, gprs: &mut Gprs, at: L1Gpa) -> HostResult {
+        let access = EptViolation::from(self.host.vmread(Field::EXIT_QUALIFICATION)?);
+        let machine = self.host.machine;
+        if at.page().as_u64() != LocalApic::page() {
+            // Who wanted to know finds it counted, and the page no longer tracked.
+            machine.tracked.about_to_write(at, 1);
+            let allow = |_: &mut Host| machine.ept01.lock().allow_writes(at.page().as_u64());
+            machine.nested.lock().untrack(&mut self.host, at, allow);
+            return inject::retry(&mut self.host, access.nmi_unblocking());
+        }
         let vectoring = IntrInfo::from(self.host.vmread(Field::IDT_VECTORING_INFO)? as u32);
-        if !vectoring.valid() {
-            let offset = at & 0xFFF;
-            match apic::write_page(&mut self.host, gprs, self.processor, offset)? {
+        // Neither is an event's frame pushed to registers, nor are they page tables.
+        if !vectoring.valid() && access.linear_valid() && access.translated() {
+            let space = machine.nested.lock().guest_space(&self.engine);
+            let (host, offset) = (&mut self.host, at.page_offset());
+            match apic::write_page(host, gprs, self.processor, offset, space)? {
                 PageWrite::Done => return Ok(()),
                 PageWrite::Refused => {}
             }
+        }
+        if self.engine.runs_l2() {
+            let mut nested = machine.nested.lock();
+            let handled = nested.refuse_write(&mut self.engine, &mut self.host)?;
+            drop(nested);
+            return self.conclude(handled, gprs);
         }
         self.raise(Exception::new(vector::GP))
     }

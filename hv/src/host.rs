@@ -130,6 +130,7 @@ impl L1Memory for Host {
     }
 
     fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
+        self.machine.tracked.about_to_write(gpa, bytes.len());
         for (at, offset, len) in Self::parts(gpa, bytes.len()) {
             let Some(from) = bytes.get(offset..offset + len) else { return };
             if let Some(to) = self.ram::<u8>(at, len as u64) {
@@ -150,6 +151,7 @@ impl L1Memory for Host {
 
     #[inline]
     fn write_u64(&mut self, gpa: L1Gpa, value: u64) {
+        self.machine.tracked.about_to_write(gpa, 8);
         match self.ram::<AtomicU64>(gpa, 8) {
             // SAFETY: aligned, as the trait demands, and RAM of L1 in the direct map.
             Some(at) if at.is_aligned() => unsafe { &*at }.store(value, Ordering::Relaxed),
@@ -158,6 +160,7 @@ impl L1Memory for Host {
     }
 
     fn compare_exchange_u64(&mut self, gpa: L1Gpa, old: u64, new: u64) -> u64 {
+        self.machine.tracked.about_to_write(gpa, 8);
         match self.ram::<AtomicU64>(gpa, 8) {
             Some(at) if at.is_aligned() => {
                 // SAFETY: aligned, and RAM of L1 in the direct map.
@@ -171,6 +174,7 @@ impl L1Memory for Host {
     }
 
     fn compare_exchange_u32(&mut self, gpa: L1Gpa, old: u32, new: u32) -> u32 {
+        self.machine.tracked.about_to_write(gpa, 4);
         match self.ram::<AtomicU32>(gpa, 4) {
             Some(at) if at.is_aligned() => {
                 // SAFETY: aligned, and RAM of L1 in the direct map.

@@ -8,6 +8,7 @@ use nvmx::caps::{Caps, HardwareCaps};
 use nvmx::engine::Nested;
 use nvmx::paging::AddressSizes;
 use nvmx::shootdown::Shootdown;
+use nvmx::tracking::Tracked;
 use spin::{Mutex, Once};
 
 use crate::ept01::Ept01;
@@ -32,6 +33,8 @@ pub(crate) struct Machine {
     pub(crate) nested: Mutex<Nested>,
     /// Which processors have flushed since what.
     pub(crate) shootdown: Arc<Shootdown>,
+    /// Pages of L1 whose writes exit.
+    pub(crate) tracked: Arc<Tracked>,
     /// What the processors have of VMX.
     pub(crate) hardware: HardwareCaps,
     /// What CPUID tells L1 about addresses.
@@ -75,6 +78,7 @@ impl Machine {
             own: crate::region::own(),
             caps: nested.caps().clone(),
             shootdown: nested.shootdown().clone(),
+            tracked: nested.tracked().clone(),
             nested: Mutex::new(nested),
             hardware,
             sizes,

@@ -165,9 +165,7 @@ extern "C" fn start_of_rust(information: u32) -> ! {
     if is_smp && !smp::can_wait() {
         fail(format_args!("the processor can't wait for startup interrupts in a guest"));
     }
-    let watched = is_smp.then(|| msr::read(number::APIC_BASE) & 0x000F_FFFF_FFFF_F000);
-    let ept01 =
-        Ept01::new(&mut region, hardware.physical_width, has_1g_ept_pages(&hardware), watched);
+    let ept01 = Ept01::new(&mut region, hardware.physical_width, has_1g_ept_pages(&hardware));
     let start_page = handover.map.highest_place(PAGE, PAGE, START_PAGE_LIMIT, &[]);
     if let Some(page) = start_page {
         paging::map_start_page(&mut region, page.start);
@@ -207,12 +205,13 @@ extern "C" fn start_of_rust(information: u32) -> ! {
     }
     let stack_top = paging::boot_stack_top();
     // SAFETY: this is the first processor, and this function never returns to its stack.
-    let vcpu = match unsafe { Vcpu::new(machine, processor, frames, stack_top) } {
+    let mut vcpu = match unsafe { Vcpu::new(machine, processor, frames, stack_top) } {
         Ok(vcpu) => vcpu,
         Err(error) => fail(format_args!("{error}")),
     };
     drop(modules);
     if is_smp {
+        vcpu.track_local_apic();
         say!("{} processors", smp::count());
     }
     say!("L1 starts at {:#x}", start.entry);

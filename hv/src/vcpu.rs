@@ -10,12 +10,14 @@ use nvmx::Gprs;
 use nvmx::engine;
 use nvmx::host::{HostResult, Vmx};
 use nvmx::shootdown::{Place, Shootdown};
+use nvmx::tracking::HardwareWrites;
 use vmx_defs::event::activity;
 use vmx_defs::msr::{self as number, Allowed, FeatureControl, VmxBasic};
-use vmx_defs::{EntryCtls, ExitCtls, Field, Hpa, PinCtls, ProcCtls, ProcCtls2};
+use vmx_defs::{EntryCtls, ExitCtls, Field, Hpa, L1Gpa, PinCtls, ProcCtls, ProcCtls2};
 use vmx_hw::Cpu;
 use x86_64::registers::control::{Cr0, Cr3, Cr4};
 
+use crate::apic::LocalApic;
 use crate::counters::Counters;
 use crate::guest_cr;
 use crate::guest_msr;
@@ -196,6 +198,19 @@ impl Vcpu {
                 counters: Counters::new(),
             })),
             Err(error) => crate::console::fail(format_args!("vmcs01: {error:?}")),
+        }
+    }
+
+    /// Has L1's writes to its local APIC exit from now on, with whatever it runs.
+    pub(crate) fn track_local_apic(&mut self) {
+        let page = L1Gpa::new(LocalApic::page());
+        let machine = self.host.machine;
+        let own = self.processor.index as usize;
+        let deny =
+            |_: &mut Host| machine.ept01.lock().deny_writes(page.as_u64(), &machine.shootdown, own);
+        let hardware = HardwareWrites::Redirect;
+        if let Err(error) = machine.nested.lock().track(&mut self.host, page, hardware, deny) {
+            crate::console::fail(format_args!("writes to the local APIC: {error:?}"));
         }
     }
 

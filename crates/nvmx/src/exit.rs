@@ -187,6 +187,19 @@ impl Nested {
         self.raise(processor, host, Exception::new(vector::GP))
     }
 
+    /// The host can't carry out the write of [`Handled::TrackedWrite`], nor let it through: L2 gets
+    /// #GP(0), as it does in memory that L0 hides.
+    ///
+    /// # Errors
+    /// As for [`Self::l2_exit`].
+    pub fn refuse_write(
+        &mut self,
+        processor: &mut Processor,
+        host: &mut impl Host,
+    ) -> HostResult<Handled> {
+        self.raise(processor, host, Exception::new(vector::GP))
+    }
+
     /// Raises an exception in L2, or gives L1 the exit that its exception bitmap asks for.
     fn raise(
         &mut self,

@@ -20,6 +20,7 @@ pub mod engine;
 mod enter;
 pub mod ept;
 mod exit;
+pub mod guest_memory;
 pub mod host;
 pub mod inject;
 pub mod insn;
