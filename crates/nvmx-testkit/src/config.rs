@@ -40,6 +40,9 @@ pub struct NestConfig {
     pub vmfunc: VmfuncMode,
     /// L0 interrupts each processor before an operation once in so many times, by this seed.
     pub kicks: Option<(u64, u64)>,
+    /// L0 moves a page of L1, or begins to track the writes to one, before an operation once in so
+    /// many times, by this seed.
+    pub moves: Option<(u64, u64)>,
 }
 
 impl Default for NestConfig {
@@ -54,6 +57,7 @@ impl Default for NestConfig {
             hidden: Vec::new(),
             vmfunc: VmfuncMode::Emulated,
             kicks: None,
+            moves: None,
         }
     }
 }
@@ -77,18 +81,20 @@ impl NestConfig {
             _ => Leaves::Scattered(rng.next()),
         };
         let kicks = rng.one_in(3).then(|| (1 + rng.below(50), rng.next()));
-        Self { frames, roots, vmcs_cache, leaves, kicks, ..Self::default() }
+        let moves = rng.one_in(4).then(|| (1 + rng.below(30), rng.next()));
+        Self { frames, roots, vmcs_cache, leaves, kicks, moves, ..Self::default() }
     }
 }
 
 impl fmt::Display for NestConfig {
     /// All of it, but for a processor that is the default one.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { hardware, frames, roots, vmcs_cache, leaves, hidden, vmfunc, kicks } = self;
+        let Self { hardware, frames, roots, vmcs_cache, leaves, hidden, vmfunc, kicks, moves } =
+            self;
         write!(
             f,
             "NestConfig {{ frames: {frames}, roots: {roots}, vmcs_cache: {vmcs_cache}, \
-             leaves: {leaves:?}, hidden: {hidden:?}, vmfunc: {vmfunc:?}, kicks: {kicks:?}"
+             leaves: {leaves:?}, hidden: {hidden:?}, vmfunc: {vmfunc:?}, kicks: {kicks:?}, moves: {moves:?}"
         )?;
         if *hardware != ModelCaps::default() {
             write!(f, ", hardware: {hardware:?}")?;

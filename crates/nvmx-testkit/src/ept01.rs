@@ -15,6 +15,7 @@ use crate::config::{Leaves, NestConfig};
 use crate::frames;
 
 const READ: u64 = 1;
+const WRITE: u64 = 2;
 const ALL: u64 = 7;
 const LARGE: u64 = 1 << 7;
 const WB: u64 = (memory_type::WB as u64) << 3;
@@ -104,6 +105,18 @@ impl Ept01 {
         }
         let large = if level > 1 { LARGE } else { 0 };
         memory.write_u64(Hpa::new(table + (gpa >> shift(level) & 511) * 8), leaf | large);
+    }
+
+    /// Maps a page of L1 there from now on.
+    pub(crate) fn move_page(&mut self, memory: &mut Memory, page: L1Gpa, to: Hpa) {
+        self.map(memory, page.page().as_u64(), 1, to.page().as_u64() | ALL | WB);
+    }
+
+    /// Lets L1 write to a page of its RAM, or not.
+    pub(crate) fn set_writable(&mut self, memory: &mut Memory, page: L1Gpa, writable: bool) {
+        let place = self.translate(memory, page.page()).hpa.as_u64();
+        let rights = if writable { ALL } else { ALL & !WRITE };
+        self.map(memory, page.page().as_u64(), 1, place | rights | WB);
     }
 
     /// Fills a table of `level` with what one leaf above it maps.

@@ -1,6 +1,7 @@
 //! What does L0 do for the engine? The engine's traits on a machine of the model: the VMX
 //! instructions of one processor, L1's memory through EPT01, the frames of the pool, and the MSRs.
 
+use nvmx::Tracked;
 use nvmx::host::{
     Frames, HostError, HostResult, InvEpt, InvVpid, L1Mapping, L1Memory, MsrFault, Msrs, Vmx,
 };
@@ -18,7 +19,9 @@ use crate::watch::Watch;
 /// A processor of the machine, as the engine and L0 see it.
 pub(crate) struct Host<'a> {
     pub(crate) machine: &'a mut Machine,
-    pub(crate) ept01: &'a Ept01,
+    pub(crate) ept01: &'a mut Ept01,
+    /// The pages that L0 sees every write to.
+    pub(crate) tracked: &'a Tracked,
     pub(crate) offer: &'a Offer,
     /// Its number.
     pub(crate) processor: usize,
@@ -30,10 +33,13 @@ impl Host<'_> {
         self.machine.processors[self.processor].root(&mut self.machine.memory)
     }
 
-    /// Where L1 may do something at an address; `None` where the access ends at the page of ones.
-    fn place(&self, gpa: L1Gpa, wanted: EptPermissions) -> Option<Hpa> {
+    /// Where `length` bytes are to be written, in one page; `None` where L1 can't write, and nothing
+    /// happens. What is tracked is written, and counted.
+    fn to_write(&self, gpa: L1Gpa, length: usize) -> Option<Hpa> {
+        self.tracked.about_to_write(gpa, length);
         let mapping = self.ept01.translate(&self.machine.memory, gpa);
-        mapping.permissions.contains(wanted).then_some(mapping.hpa)
+        let may = mapping.permissions.contains(EptPermissions::WRITE);
+        (may || self.tracked.contains(gpa)).then_some(mapping.hpa)
     }
 
     fn readable(&self, gpa: L1Gpa) -> Hpa {
@@ -47,7 +53,7 @@ impl Host<'_> {
         }
         let last = gpa.as_u64().saturating_add(length as u64);
         for at in (gpa.as_u64() & !7..last).step_by(8).map(L1Gpa::new) {
-            if let Some(place) = self.place(at, EptPermissions::WRITE)
+            if let Some(place) = self.to_write(at, length)
                 && let Some(value) = self.watch.instead(self.machine.memory.read_u64(place))
             {
                 self.machine.memory.write_u64(place, value);
@@ -125,7 +131,7 @@ impl L1Memory for Host<'_> {
     fn write(&mut self, gpa: L1Gpa, bytes: &[u8]) {
         self.watch.call();
         for (at, offset, length) in Self::parts(gpa, bytes.len()) {
-            if let Some(to) = self.place(at, EptPermissions::WRITE) {
+            if let Some(to) = self.to_write(at, length) {
                 self.machine.memory.write(to, &bytes[offset..offset + length]);
             }
         }
@@ -142,7 +148,7 @@ impl L1Memory for Host<'_> {
     fn write_u64(&mut self, gpa: L1Gpa, value: u64) {
         self.watch.call();
         assert!(gpa.is_aligned(8), "{gpa:?}");
-        if let Some(to) = self.place(gpa, EptPermissions::WRITE) {
+        if let Some(to) = self.to_write(gpa, 8) {
             self.machine.memory.write_u64(to, value);
         }
     }
@@ -153,7 +159,7 @@ impl L1Memory for Host<'_> {
         self.tamper(gpa, 8);
         let found = self.machine.memory.read_u64(self.readable(gpa));
         if found == old
-            && let Some(to) = self.place(gpa, EptPermissions::WRITE)
+            && let Some(to) = self.to_write(gpa, 8)
         {
             self.machine.memory.write_u64(to, new);
         }
@@ -166,7 +172,7 @@ impl L1Memory for Host<'_> {
         self.tamper(gpa, 4);
         let found = self.machine.memory.read_u32(self.readable(gpa));
         if found == old
-            && let Some(to) = self.place(gpa, EptPermissions::WRITE)
+            && let Some(to) = self.to_write(gpa, 4)
         {
             self.machine.memory.write_u32(to, new);
         }

@@ -19,6 +19,7 @@ mod ept01;
 mod frames;
 pub mod fuzz;
 mod host;
+mod moves;
 mod nest;
 pub mod seeds;
 mod vmcs01;

@@ -5,12 +5,15 @@
 //! operations each processor is in the guest that L1 believes to run there, so that it may hold on
 //! to whatever a running processor may.
 
+use std::sync::Arc;
+
 use nvmx::engine::Processor as EngineProcessor;
-use nvmx::host::{HostResult, L1Mapping, Msrs, Vmx};
+use nvmx::host::{HostResult, L1Mapping, L1Memory, Msrs, Vmx};
 use nvmx::inject::{self, Exception, Fault};
 use nvmx::paging::AddressSizes;
-use nvmx::{Config, Gprs, Handled, Nested, caps::Caps};
-use vmx_defs::event::{IntrInfo, vector};
+use nvmx::{Config, Gprs, Handled, Nested, Tracked, caps::Caps};
+use vmx_defs::ept::EptViolation;
+use vmx_defs::event::{IntrInfo, activity, vector};
 use vmx_defs::{EptPermissions, Eptp, ExitReason, Field, Hpa, L1Gpa};
 use vmx_model::registers::{gpr, rflags};
 use vmx_model::retention::Rng;
@@ -48,6 +51,11 @@ pub struct Nest {
     watch: Watch,
     /// When L0 interrupts processors.
     kicks: Option<(u64, Rng)>,
+    /// When L0 does something to L1's memory.
+    moves: Option<(u64, Rng)>,
+    pub(crate) tracked: Arc<Tracked>,
+    /// The page that is tracked, and what was in it then.
+    pub(crate) snapshot: Option<(L1Gpa, Vec<u64>)>,
 }
 
 /// What L0 keeps of a processor of L1.
@@ -114,8 +122,21 @@ impl Nest {
         });
         let watch = Watch::new(config.frames, processors);
         let kicks = config.kicks.map(|(odds, seed)| (odds, Rng::new(seed)));
-        let mut nest =
-            Self { machine, nested, processors: Vec::new(), ept01, offer, exits: 0, watch, kicks };
+        let moves = config.moves.map(|(odds, seed)| (odds, Rng::new(seed)));
+        let tracked = Arc::clone(nested.tracked());
+        let mut nest = Self {
+            machine,
+            nested,
+            processors: Vec::new(),
+            ept01,
+            offer,
+            exits: 0,
+            watch,
+            kicks,
+            moves,
+            tracked,
+            snapshot: None,
+        };
         nest.host(0).fill_msr_bitmap();
         for processor in 0..processors {
             if let Err(error) = nest.start(hardware, processor) {
@@ -125,9 +146,9 @@ impl Nest {
         nest
     }
 
-    fn host(&mut self, processor: usize) -> Host<'_> {
-        let Self { machine, ept01, offer, watch, .. } = self;
-        Host { machine, ept01, offer, processor, watch }
+    pub(crate) fn host(&mut self, processor: usize) -> Host<'_> {
+        let Self { machine, ept01, tracked, offer, watch, .. } = self;
+        Host { machine, ept01, tracked, offer, processor, watch }
     }
 
     /// Brings a processor into VMX operation and L1 onto it.
@@ -150,9 +171,9 @@ impl Nest {
             host.vmwrite(field, value)?;
         }
         host.set_masks(false)?;
-        let Self { machine, ept01, offer, nested, watch, .. } = self;
+        let Self { machine, ept01, tracked, offer, nested, watch, .. } = self;
         let engine = nested.processor(
-            &mut Host { machine, ept01, offer, processor, watch },
+            &mut Host { machine, ept01, tracked, offer, processor, watch },
             processor,
             own(Use::Vmcs01),
             own(Use::Vmcs02),
@@ -227,8 +248,8 @@ impl Nest {
     /// Enters what is to run now. What comes back is as the program would see it, or an exit.
     fn enter(&mut self, processor: usize) -> Outcome {
         if self.processors[processor].engine.is_behind() {
-            let Self { machine, ept01, offer, nested, processors, watch, .. } = self;
-            let mut host = Host { machine, ept01, offer, processor, watch };
+            let Self { machine, ept01, tracked, offer, nested, processors, watch, .. } = self;
+            let mut host = Host { machine, ept01, tracked, offer, processor, watch };
             if let Err(error) = nested.catch_up(&mut processors[processor].engine, &mut host) {
                 panic!("{error:?}");
             }
@@ -259,14 +280,16 @@ impl Nest {
         let registers = &mut self.machine.processors[processor].regs;
         let mut gprs = Gprs { values: registers.gprs };
         let next = self.answer(processor, &mut gprs, reason)?;
-        let mut host = self.host(processor);
         let runs = match next {
-            Next::Following => inject::advance_rip(&mut host).map(|()| true),
+            Next::Following => inject::advance_rip(&mut self.host(processor)).map(|()| true),
             Next::Same | Next::Engine(Handled::Enter) => Ok(true),
-            Next::Fault(fault) => inject::deliver(&mut host, fault).map(|()| true),
+            Next::Fault(fault) => inject::deliver(&mut self.host(processor), fault).map(|()| true),
             Next::Engine(Handled::Shutdown) => Ok(false),
             Next::Engine(Handled::NotMine) => panic!("{reason:?} of L1 was not asked for"),
-            Next::Engine(Handled::TrackedWrite(_)) => panic!("no page is tracked"),
+            Next::Engine(Handled::TrackedWrite(at)) => {
+                self.let_write(processor, at)?;
+                Ok(true)
+            }
         };
         let registers = &mut self.machine.processors[processor].regs;
         gprs.values[gpr::RSP] = registers.gprs[gpr::RSP];
@@ -280,8 +303,8 @@ impl Nest {
         gprs: &mut Gprs,
         reason: ExitReason,
     ) -> HostResult<Next> {
-        let Self { machine, ept01, offer, nested, processors, watch, .. } = self;
-        let mut host = Host { machine, ept01, offer, processor, watch };
+        let Self { machine, ept01, tracked, offer, nested, processors, watch, .. } = self;
+        let mut host = Host { machine, ept01, tracked, offer, processor, watch };
         let vcpu = &mut processors[processor];
         if vcpu.engine.runs_l2() {
             return nested.l2_exit(&mut vcpu.engine, &mut host, gprs, reason).map(Next::Engine);
@@ -320,14 +343,30 @@ impl Nest {
             // Of XCR0 there is one value; INVD is done as WBINVD, which has nothing to do.
             ExitReason::XSETBV | ExitReason::INVD => Ok(Next::Following),
             ExitReason::EPT_VIOLATION => {
+                let at = L1Gpa::new(host.vmread(Field::GUEST_PHYSICAL_ADDRESS)?);
+                if host.tracked.contains(at) {
+                    return Ok(Next::Engine(Handled::TrackedWrite(at)));
+                }
+                if host.translate(at).permissions.contains(EptPermissions::WRITE) {
+                    // A stale translation denied it.
+                    let told = EptViolation::from(host.vmread(Field::EXIT_QUALIFICATION)?);
+                    inject::retry(&mut host, told.nmi_unblocking())?;
+                    return Ok(Next::Same);
+                }
                 // What L0 hides can be read; all else is #GP.
                 let vectoring = IntrInfo::from(host.vmread(Field::IDT_VECTORING_INFO)? as u32);
                 match inject::raise(&mut host, vectoring, Exception::new(vector::GP))? {
                     inject::Outcome::Exception(_) => Ok(Next::Same),
-                    inject::Outcome::TripleFault => Ok(Next::Engine(Handled::Shutdown)),
+                    inject::Outcome::TripleFault => {
+                        host.vmwrite(Field::GUEST_ACTIVITY, activity::SHUTDOWN.into())?;
+                        Ok(Next::Engine(Handled::Shutdown))
+                    }
                 }
             }
-            ExitReason::TRIPLE_FAULT => Ok(Next::Engine(Handled::Shutdown)),
+            ExitReason::TRIPLE_FAULT => {
+                host.vmwrite(Field::GUEST_ACTIVITY, activity::SHUTDOWN.into())?;
+                Ok(Next::Engine(Handled::Shutdown))
+            }
             _ => {
                 let handled = nested.l1_exit(&mut vcpu.engine, &mut host, gprs, reason)?;
                 let is_vmx = vcpu.engine.in_vmx_operation();
@@ -371,6 +410,9 @@ impl Platform for Nest {
             return Outcome::Stopped;
         }
         self.kick_some();
+        if self.moves.as_mut().is_some_and(|(odds, rng)| rng.one_in(*odds)) {
+            self.disturb_memory();
+        }
         let mut progress = Progress::None;
         let first = self.exits;
         while self.exits - first < EXITS {
@@ -420,15 +462,41 @@ impl Platform for Nest {
 impl Nest {
     /// A processor exits to L0, which has nothing to do but what is due at each exit.
     fn kick(&mut self, number: usize) {
-        if self.processors[number].dead {
-            return;
-        }
+        self.stop(number);
+        self.go_on(number);
+    }
+
+    /// A processor exits for a reason of L0's own.
+    fn stop(&mut self, number: usize) {
         let Machine { memory, processors } = &mut self.machine;
         processors[number].exit_to_hypervisor(memory);
         self.processors[number].engine.exited_to_host();
         self.exits += 1;
+    }
+
+    /// A processor that L0 has stopped goes on.
+    fn go_on(&mut self, number: usize) {
         let entered = self.enter(number);
         assert_eq!(entered, Outcome::Entered(None), "L0 enters what it has interrupted");
+    }
+
+    /// Does something while no processor runs.
+    pub(crate) fn with_all_stopped(&mut self, body: impl FnOnce(&mut Self)) {
+        let all = 0..self.processors.len();
+        all.clone().for_each(|number| self.stop(number));
+        body(self);
+        all.for_each(|number| self.go_on(number));
+    }
+
+    /// The engine's part that all processors share, and the host of one of them.
+    pub(crate) fn engine_and_host(&mut self, processor: usize) -> (&mut Nested, Host<'_>) {
+        let Self { machine, ept01, tracked, offer, nested, watch, .. } = self;
+        (nested, Host { machine, ept01, tracked, offer, processor, watch })
+    }
+
+    /// A number that L0 draws for what it does to L1's memory.
+    pub(crate) fn draw(&mut self, bound: u64) -> u64 {
+        self.moves.as_mut().map_or(0, |(_, rng)| rng.below(bound))
     }
 
     fn kick_others(&mut self, number: usize) {
@@ -461,6 +529,8 @@ impl Nest {
             Ok(true) => {}
             Ok(false) => {
                 self.processors[number].dead = true;
+                // It is in shutdown, which is a state that is entered.
+                self.enter(number);
                 return Err(Outcome::Stopped);
             }
             Err(error) => panic!("{error:?} at {operation:?}, {reason:?}"),

@@ -61,6 +61,18 @@ fn a_host_that_interrupts_all_the_time_is_no_different() {
 }
 
 #[test]
+fn a_host_that_moves_l1s_memory_is_no_different() {
+    for invalidation in EXACT {
+        let profile = Profile { invalidation, processors: 3, wild: true, ..Profile::default() };
+        let config = |seed| NestConfig { moves: Some((3, seed)), ..NestConfig::random(seed) };
+        hold(cases(4000..4200, profile, config));
+    }
+    let profile = Profile { processors: 2, ..Profile::default() };
+    let config = |seed| NestConfig { moves: Some((5, seed)), ..NestConfig::random(seed) };
+    hold(cases(4200..4300, profile, config));
+}
+
+#[test]
 fn a_hostile_l1_sees_the_bare_machine() {
     for invalidation in EXACT {
         let profile =
