@@ -35,7 +35,7 @@ impl Host<'_> {
 
     /// Where `length` bytes are to be written, in one page; `None` where L1 can't write, and nothing
     /// happens. What is tracked is written, and counted.
-    fn to_write(&self, gpa: L1Gpa, length: usize) -> Option<Hpa> {
+    pub(crate) fn to_write(&self, gpa: L1Gpa, length: usize) -> Option<Hpa> {
         self.tracked.about_to_write(gpa, length);
         let mapping = self.ept01.translate(&self.machine.memory, gpa);
         let may = mapping.permissions.contains(EptPermissions::WRITE);

@@ -452,9 +452,8 @@ impl Platform for Nest {
     }
 
     fn poke(&mut self, at: L1Gpa, value: u64) {
-        let mapping = self.ept01.translate(&self.machine.memory, at);
-        if mapping.permissions.contains(EptPermissions::WRITE) {
-            self.machine.memory.write_u64(mapping.hpa, value);
+        if let Some(to) = self.host(0).to_write(at, 8) {
+            self.machine.memory.write_u64(to, value);
         }
     }
 }
