@@ -112,6 +112,18 @@ impl Ept01 {
         self.map(memory, page.page().as_u64(), 1, to.page().as_u64() | ALL | WB);
     }
 
+    /// Changes where a page of L1 leads, and what may be done there.
+    pub(crate) fn remap(
+        &mut self,
+        memory: &mut Memory,
+        page: L1Gpa,
+        to: Hpa,
+        rights: EptPermissions,
+    ) {
+        let leaf = to.page().as_u64() | u64::from(rights.bits()) | WB;
+        self.map(memory, page.page().as_u64(), 1, leaf);
+    }
+
     /// Lets L1 write to a page of its RAM, or not.
     pub(crate) fn set_writable(&mut self, memory: &mut Memory, page: L1Gpa, writable: bool) {
         let place = self.translate(memory, page.page()).hpa.as_u64();

@@ -17,6 +17,8 @@ const PROCESSORS: u64 = 0x1_0000;
 pub(crate) const EPT01: u64 = 0x10_0000;
 /// The pool of shadow tables.
 pub(crate) const POOL: Hpa = Hpa::new(0x100_0000);
+/// Frames that L1's pages may be moved to.
+const SPARE: std::ops::Range<u64> = 0x3000_0000..0x3004_0000;
 /// The first byte of L1's RAM.
 pub(crate) const L1_RAM: u64 = 1 << 30;
 /// An address behind everything, for parts of L1's address space that have no place of their own.
@@ -24,6 +26,16 @@ pub(crate) const NOWHERE: u64 = 2 << 30;
 
 /// Pages of the machine.
 pub(crate) const PAGES: usize = (L1_RAM / PAGE_SIZE) as usize + layout::PAGES;
+
+/// The frames that L1's pages may be moved to.
+pub(crate) fn spare() -> Vec<Hpa> {
+    SPARE.step_by(PAGE_SIZE as usize).map(Hpa::new).collect()
+}
+
+/// Whether an address is in a frame that may be L1's.
+pub(crate) fn is_l1(hpa: Hpa) -> bool {
+    hpa.as_u64() >= L1_RAM || SPARE.contains(&hpa.as_u64())
+}
 
 /// What a frame of a processor is for.
 #[derive(Clone, Copy, Debug)]

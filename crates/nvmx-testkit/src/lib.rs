@@ -21,6 +21,7 @@ pub mod fuzz;
 mod host;
 mod moves;
 mod nest;
+mod rehouse;
 pub mod seeds;
 mod vmcs01;
 pub mod walks;

@@ -5,7 +5,7 @@
 //! soon as they go on.
 
 use nvmx::host::{HostResult, Vmx};
-use nvmx::{HardwareWrites, Place, Request, inject};
+use nvmx::{HardwareWrites, inject};
 use vmx_defs::addr::PAGE_SIZE;
 use vmx_defs::ept::EptViolation;
 use vmx_defs::{Field, Hpa, L1Gpa};
@@ -78,18 +78,9 @@ impl Nest {
                 Ok(made) => request = Some(made),
                 Err(error) => panic!("{page:?} can't be tracked: {error:?}"),
             }
-            nest.snapshot = Some((page, nest.words(page)));
+            nest.snapshot = Some((page, nest.content(page)));
         });
         assert!(request.is_some_and(|request| self.is_complete(request)), "somebody is behind");
-    }
-
-    fn is_complete(&self, request: Request) -> bool {
-        self.engine().shootdown().is_complete(request, Place::Ept01, None)
-    }
-
-    fn words(&self, page: L1Gpa) -> Vec<u64> {
-        let place = self.translate(page).hpa.as_u64();
-        (0..WORDS).map(|word| self.machine().memory.read_u64(Hpa::new(place + 8 * word))).collect()
     }
 
     /// A page that has been tracked is as it was, or a write has been seen.
@@ -97,7 +88,7 @@ impl Nest {
         if let Some((page, words)) = &self.snapshot
             && self.tracked.writes(*page) == Some(0)
         {
-            assert_eq!(self.words(*page), *words, "a write to {page:?} was not seen");
+            assert_eq!(self.content(*page), *words, "a write to {page:?} was not seen");
         }
     }
 

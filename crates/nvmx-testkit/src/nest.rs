@@ -5,6 +5,7 @@
 //! operations each processor is in the guest that L1 believes to run there, so that it may hold on
 //! to whatever a running processor may.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use nvmx::engine::Processor as EngineProcessor;
@@ -49,6 +50,8 @@ pub struct Nest {
     offer: Offer,
     exits: u64,
     watch: Watch,
+    /// Frames that L1 has none of.
+    pub(crate) spare: Vec<Hpa>,
     /// When L0 interrupts processors.
     kicks: Option<(u64, Rng)>,
     /// When L0 does something to L1's memory.
@@ -136,6 +139,7 @@ impl Nest {
             moves,
             tracked,
             snapshot: None,
+            spare: frames::spare(),
         };
         nest.host(0).fill_msr_bitmap();
         for processor in 0..processors {
@@ -210,7 +214,8 @@ impl Nest {
     /// Whether a page of the machine is one that a guest may have: L1's, one where nothing is, or the
     /// page of ones, unless it could be written.
     pub fn is_guests(&self, page: u64, writable: bool) -> bool {
-        page >= frames::L1_RAM || page == frames::ONES.as_u64() && !writable
+        let page = Hpa::new(page);
+        frames::is_l1(page) || page == frames::ONES && !writable
     }
 
     /// The engine's part that all processors share.
@@ -460,7 +465,7 @@ impl Platform for Nest {
 
 impl Nest {
     /// A processor exits to L0, which has nothing to do but what is due at each exit.
-    fn kick(&mut self, number: usize) {
+    pub(crate) fn kick(&mut self, number: usize) {
         self.stop(number);
         self.go_on(number);
     }
@@ -481,10 +486,19 @@ impl Nest {
 
     /// Does something while no processor runs.
     pub(crate) fn with_all_stopped(&mut self, body: impl FnOnce(&mut Self)) {
-        let all = 0..self.processors.len();
-        all.clone().for_each(|number| self.stop(number));
-        body(self);
-        all.for_each(|number| self.go_on(number));
+        self.with_stopped(0..self.processors.len(), body);
+    }
+
+    /// Does something while these processors are in L0.
+    pub(crate) fn with_stopped<T>(
+        &mut self,
+        processors: Range<usize>,
+        body: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        processors.clone().for_each(|number| self.stop(number));
+        let result = body(self);
+        processors.for_each(|number| self.go_on(number));
+        result
     }
 
     /// The engine's part that all processors share, and the host of one of them.

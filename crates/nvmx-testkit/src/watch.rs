@@ -145,7 +145,7 @@ impl Watch {
         if vmcs.proc().contains(ProcCtls::IO_BITMAPS) {
             for field in [Field::IO_BITMAP_A, Field::IO_BITMAP_B] {
                 let page = Hpa::new(get(field));
-                let fits = page == frames::ONES || page.as_u64() >= frames::L1_RAM;
+                let fits = page == frames::ONES || frames::is_l1(page);
                 assert!(fits && page.is_aligned(PAGE_SIZE), "{field:?} is {page:?}");
             }
         }

@@ -248,6 +248,7 @@ fn flood(seed: u64, processors: usize) -> (u64, usize) {
     let config = NestConfig {
         frames: rng.pick(&[32, 48, 64, 96]),
         roots: rng.pick(&[6, 8, 12]),
+        moves: None,
         ..NestConfig::random(seed)
     };
     let retention = rng.pick(&[Retention::Nothing, Retention::Everything, Retention::Random(seed)]);

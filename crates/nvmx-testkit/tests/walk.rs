@@ -441,7 +441,7 @@ fn config(seed: u64) -> NestConfig {
         _ => Leaves::Scattered(seed),
     };
     let hidden = HIDDEN.map(|page| L1Gpa::new(page << 12)).to_vec();
-    NestConfig { leaves, hidden, ..NestConfig::random(seed) }
+    NestConfig { leaves, hidden, moves: None, ..NestConfig::random(seed) }
 }
 
 #[test]
