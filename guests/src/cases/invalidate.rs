@@ -13,7 +13,7 @@ use crate::{
     suite::{Case, Ctx, Stop, Verdict},
     vmx::{
         self, Ept, Mode, Op, Outcome, Vm, Vmx,
-        ept::{ACCESSED, DIRTY, LARGE, LEAF, TABLE},
+        ept::{ACCESSED, AD, DIRTY, LARGE, LEAF, TABLE},
         paging::{USER_RW, WINDOW},
         vmcs,
     },
@@ -48,6 +48,10 @@ pub const CASES: &[Case] = &[
     Case { name: "invept.seen.many", run: many },
     Case { name: "invept.seen.shared_table", run: shared_table },
     Case { name: "invept.seen.with_vpid", run: with_vpid },
+    Case { name: "invept.seen.same_ep4ta.flags_on", run: |ctx| same_ep4ta(ctx, 0, AD) },
+    Case { name: "invept.seen.same_ep4ta.flags_off", run: |ctx| same_ep4ta(ctx, AD, 0) },
+    Case { name: "invept.seen.same_ep4ta.memory_type", run: |ctx| same_ep4ta(ctx, 0, 6) },
+    Case { name: "invept.seen.same_ep4ta.both", run: |ctx| same_ep4ta(ctx, AD, 6) },
     Case { name: "invept.seen.accessed_dirty_2m", run: accessed_dirty },
     Case { name: "invept.neighbours_stay", run: neighbours },
     Case { name: "invvpid.seen.address", run: |ctx| remapped(ctx, ADDRESS) },
@@ -484,6 +488,42 @@ fn shared_table(ctx: &mut Ctx<'_>) -> Verdict {
             vmcs::write(Field::EPT_POINTER, ept.eptp(false));
             reads(&mut vm, WINDOW, round as u64 % 2 + 1)?;
         }
+    }
+    Ok(())
+}
+
+/// EPTPs that differ in other bits than the table's address share what is cached: INVEPT of one is
+/// INVEPT of the other. The bits are flipped in the EPTP without flags and with write-back tables.
+fn same_ep4ta(ctx: &mut Ctx<'_>, runs: u64, invalidates: u64) -> Verdict {
+    let (vmx, mut vm) = l2(ctx)?;
+    need(&vmx, EptVpidCap::INVEPT_SINGLE)?;
+    if (runs | invalidates) & AD != 0 {
+        need(&vmx, EptVpidCap::ACCESSED_DIRTY)?;
+    }
+    if (runs | invalidates) & 6 != 0 {
+        need(&vmx, EptVpidCap::MEMORY_TYPE_UC)?;
+    }
+    let eptp = vm.ept.eptp(false);
+    let (runs, invalidates) = (eptp ^ runs, eptp ^ invalidates);
+    let pages = [page(ctx, 0), page(ctx, 1)];
+    let slot = vm.map(ctx, L2Gpa::new(WINDOW), pages[0]);
+    for round in 0..8_usize {
+        let (shown, next) = (round % 2, (round + 1) % 2);
+        // In half of the rounds the one that invalidates has been used, too.
+        if round / 2 % 2 == 1 {
+            vmcs::write(Field::EPT_POINTER, invalidates);
+            reads(&mut vm, WINDOW, shown as u64)?;
+            ensure_eq!(invept(1, [runs, 0]), Ok(()), "INVEPT between");
+        }
+        vmcs::write(Field::EPT_POINTER, runs);
+        reads(&mut vm, WINDOW, shown as u64)?;
+        if runs & AD != 0 {
+            ensure_eq!(slot.get() & ACCESSED, ACCESSED, "accessed flag in round {round}");
+        }
+        slot.set(pages[next].address() | LEAF);
+        ensure_eq!(invept(1, [invalidates, 0]), Ok(()), "INVEPT");
+        reads(&mut vm, WINDOW, next as u64)?;
+        ensure_eq!(vmcs::read(Field::EPT_POINTER), runs, "EPT pointer");
     }
     Ok(())
 }

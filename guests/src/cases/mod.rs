@@ -15,9 +15,11 @@ pub mod instructions;
 pub mod intercepts;
 pub mod invalidate;
 pub mod l2;
+pub mod no_ept;
 pub mod operands;
 pub mod seed;
 pub mod smp;
+pub mod vpids;
 
 /// Every case of one processor, file by file, in the order they run.
 pub const ALL: &[&[Case]] = &[
@@ -39,9 +41,13 @@ pub const ALL: &[&[Case]] = &[
     intercepts::CASES,
     ept::MATRIX,
     ept::PERMISSIONS,
+    ept::LEVELS,
+    ept::LARGE_PAGES,
+    ept::NEIGHBOURS,
     ept::MISCONFIGURATIONS,
     ept::AD,
     ept::WALK,
+    ept::TABLES,
     ept::MANY,
     seed::S1,
     seed::S2,
@@ -56,6 +62,8 @@ pub const ALL: &[&[Case]] = &[
     environment::CASES,
     operands::CASES,
     invalidate::CASES,
+    vpids::CASES,
+    no_ept::CASES,
     hostile::ones::CASES,
     hostile::addresses::CASES,
     hostile::loops::CASES,

@@ -4,9 +4,13 @@
 //! Dirty Flags for EPT".
 
 mod ad;
+mod large;
+mod levels;
 pub mod many;
 mod misconfiguration;
+mod neighbours;
 mod permissions;
+mod tables;
 mod walk;
 
 use vmx_defs::{ExitReason, L2Gpa, msr::EptVpidCap};
@@ -28,12 +32,20 @@ use crate::{
 pub const MATRIX: &[Case] = permissions::MATRIX;
 /// Permissions at the upper levels, and what changes without INVEPT.
 pub const PERMISSIONS: &[Case] = permissions::CASES;
+/// Entries of all levels together.
+pub const LEVELS: &[Case] = levels::CASES;
+/// Large pages.
+pub const LARGE_PAGES: &[Case] = large::CASES;
+/// The entries of one table beside each other.
+pub const NEIGHBOURS: &[Case] = neighbours::CASES;
 /// Reserved settings.
 pub const MISCONFIGURATIONS: &[Case] = misconfiguration::CASES;
 /// Accessed and dirty flags.
 pub const AD: &[Case] = ad::CASES;
 /// More EPTs and tables than can be shadowed.
 pub const MANY: &[Case] = many::CASES;
+/// L2's tables on each level, and accesses that lie in two pages.
+pub const TABLES: &[Case] = tables::CASES;
 /// Accesses to L2's paging structures.
 pub const WALK: &[Case] = walk::CASES;
 
