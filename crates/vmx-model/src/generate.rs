@@ -5,6 +5,8 @@
 //! and processors. Most programs are *tame*: what they do is what a hypervisor might. A *wild* one
 //! puts random values where an L1 could. A program follows from its seed alone.
 
+mod stories;
+
 use vmx_defs::Field;
 use vmx_defs::controls::ProcCtls;
 
@@ -144,7 +146,7 @@ impl Generator<'_> {
 
     /// A few steps that belong together.
     fn group(&mut self, processor: usize) {
-        match self.rng.below(20) {
+        match self.rng.below(21) {
             0..=8 => {
                 for _ in 0..1 + self.rng.below(4) {
                     let operation = self.access();
@@ -152,14 +154,19 @@ impl Generator<'_> {
                 }
             }
             9..=11 => {
-                let rcx = self.list_index();
-                let rax = if self.rng.one_in(12) { self.rng.below(70) } else { 0 };
+                // Upper halves are ignored.
+                let mut upper =
+                    |odds| if self.rng.one_in(odds) { self.rng.next() << 32 } else { 0 };
+                let (rax, rcx) = (upper(12), upper(6));
+                let rcx = rcx | self.list_index();
+                let rax = rax | if self.rng.one_in(12) { self.rng.below(70) } else { 0 };
                 self.push(processor, Action::Guest(Operation::Vmfunc { rax, rcx }));
             }
             12 | 13 => self.guest_control(processor),
             14..=16 => self.edit(processor),
             17 => self.guest_edit(processor),
             18 => self.l1(processor),
+            19 => self.story(processor),
             _ if self.profile.wild => self.wild(processor),
             _ => self.l1(processor),
         }
@@ -295,8 +302,9 @@ impl Generator<'_> {
                 let other = !self.is_exact() && self.rng.one_in(2);
                 let flags = self.setup.accessed_dirty[view] ^ other;
                 changed = Changed::List;
-                let at = layout::EPTP_LIST + 8 * self.rng.below(8);
-                (at, layout::eptp(view, flags))
+                // Or behind the list, where no entry is.
+                let index = if self.rng.one_in(8) { 512 } else { 0 } + self.rng.below(8);
+                (layout::EPTP_LIST + 8 * index, layout::eptp(view, flags))
             }
             9 | 10 => {
                 let table = self.rng.pick(&[guest::LONG + 3, guest::LONG_2 + 3, guest::PAE + 2]);
@@ -348,12 +356,16 @@ impl Generator<'_> {
         self.push(processor, Action::Guest(Operation::Store { at, size, value }));
         // Without a VPID, a switch of EPTP forgets as much (S4).
         let by_switch = vpid == 0 && self.rng.one_in(2);
-        let operation = if by_switch {
-            Operation::Vmfunc { rax: 0, rcx: self.rng.below(8) }
+        let address = number << 12;
+        let action = if by_switch {
+            Action::Guest(Operation::Vmfunc { rax: 0, rcx: self.rng.below(8) })
+        } else if vpid != 0 && self.apart() && self.rng.one_in(2) {
+            // L1 does it for its guest.
+            Action::Invvpid { kind: 0, vpid, address }
         } else {
-            Operation::Invlpg { at: number << 12 }
+            Action::Guest(Operation::Invlpg { at: address })
         };
-        self.push(processor, Action::Guest(operation));
+        self.push(processor, action);
         // Where that exits, or does not complete, L1 has to do it.
         let intercepted =
             exits.contains(ProcCtls::INVLPG_EXITING) || self.vm(processor).view.is_none();

@@ -406,7 +406,7 @@ pub(super) const MUTATIONS: &[Mutation] = &[
             host.invept(InvEpt::All)
         })",
         replace: "self.shootdown.flush_if_behind(processor, || Ok(()))",
-        caught_by: ("transparency", "a_host_that_is_short_of_everything_is_no_different"),
+        caught_by: ("reclaim", "a_processor_that_stays_in_its_guest_keeps_its_own_pages"),
     },
     Mutation {
         name: "asked-flush-of-one-root",
@@ -418,10 +418,10 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         })",
         replace: "self.shootdown.flush_if_behind(processor, || {
                 counters.invepts += 1;
-                let root = self.roots.iter().flatten().next();
+                let root = self.roots.iter().flatten().last();
                 root.map_or(Ok(()), |root| host.invept(InvEpt::Single(root.eptp02)))
             })",
-        caught_by: ("transparency", "a_host_that_is_short_of_everything_is_no_different"),
+        caught_by: ("reclaim", "a_processor_that_stays_in_its_guest_keeps_its_own_pages"),
     },
     // Accessed and dirty flags.
     Mutation {
