@@ -11,6 +11,7 @@ use vmx_defs::ept::EptViolation;
 use vmx_defs::{Field, Hpa, L1Gpa};
 use vmx_model::layout;
 
+use crate::frames;
 use crate::nest::Nest;
 
 const WORDS: u64 = PAGE_SIZE / 8;
@@ -34,7 +35,9 @@ impl Nest {
             1 => layout::LARGE / PAGE_SIZE,
             _ => self.draw(USED),
         };
-        L1Gpa::new(number * PAGE_SIZE)
+        let page = L1Gpa::new(number * PAGE_SIZE);
+        // What L0 hides from L1 is not L1's, and stays.
+        if self.translate(page).hpa.page() == frames::ONES { L1Gpa::new(0) } else { page }
     }
 
     /// Two pages of L1 change places in the machine.

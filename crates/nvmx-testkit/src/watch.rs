@@ -194,12 +194,13 @@ impl Canary {
 
     /// Whether a value is of the pattern, or an address that only L0 knows.
     pub fn betrays(value: u64) -> bool {
+        // What a shadow entry that points to a table has beside the address and the rights.
         let shadow = 1 << 63 | 1 << 8;
         let address = value & 0x000f_ffff_ffff_f000;
         let pool = frames::POOL.as_u64()..frames::POOL.as_u64() + (1 << 24);
         value & PATTERN_BITS == PATTERN
             || value == crate::vmcs01::HOST_RIP
-            || value & shadow == shadow && pool.contains(&address)
+            || value & !0x000f_ffff_ffff_f007 == shadow && pool.contains(&address)
     }
 
     /// Looks at all of L0's pattern and of L1's memory.

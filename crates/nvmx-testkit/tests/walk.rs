@@ -1,6 +1,6 @@
 //! Is the shadow EPT the composition of L1's EPT and EPT01, and never more than that?
 //!
-//! Random tables of L1 on a host with leaves of all sizes and hidden pages. Where nothing stale can
+//! Random tables of L1 on a host with leaves of all sizes and hidden pages, which it changes. Where nothing stale can
 //! be cached, every access has one right outcome, which a walk of the tables gives; and whatever is
 //! cached, what the processor could use of EPT02 is something that L1's tables have said since the
 //! last INVEPT that was due.
@@ -163,6 +163,7 @@ impl Scene<'_> {
             0 | 1 => self.edit(),
             2 | 3 => self.switch(processor),
             4 => self.invalidate(processor),
+            5 => self.change_ept01(processor),
             _ => {
                 if self.stale && !self.rng.one_in(3) {
                     self.invalidate_all();
@@ -181,6 +182,25 @@ impl Scene<'_> {
         self.nest().poke(at, value);
         self.stale = true;
         self.see();
+    }
+
+    /// L0 moves a page, or changes what may be done with one: with effect at once, on all processors.
+    fn change_ept01(&mut self, processor: usize) {
+        let data = L1Gpa::new((DATA + self.rng.below(DATA_PAGES)) << 12);
+        let table = L1Gpa::new((TABLES + self.rng.below(TABLE_PAGES)) << 12);
+        let large = L1Gpa::new((512 + self.rng.pick(&[256, 257, 258])) << 12);
+        match self.rng.below(8) {
+            0 => self.nest().move_page(processor, data),
+            1 => self.nest().move_page(processor, table),
+            2 => self.nest().move_page(processor, large),
+            _ => {
+                let page = self.rng.pick(&[data, large]);
+                let rights = EptPermissions::from_bits_truncate(self.rng.pick(&[7, 7, 1, 3, 5]));
+                if !HIDDEN.contains(&(page.as_u64() >> 12)) {
+                    self.nest().set_rights(processor, page, rights);
+                }
+            }
+        }
     }
 
     fn see(&mut self) {
