@@ -10,6 +10,7 @@ pub mod many;
 mod misconfiguration;
 mod neighbours;
 mod permissions;
+mod random;
 mod tables;
 mod walk;
 
@@ -46,6 +47,8 @@ pub const AD: &[Case] = ad::CASES;
 pub const MANY: &[Case] = many::CASES;
 /// L2's tables on each level, and accesses that lie in two pages.
 pub const TABLES: &[Case] = tables::CASES;
+/// Tables that change at random.
+pub const RANDOM: &[Case] = random::CASES;
 /// Accesses to L2's paging structures.
 pub const WALK: &[Case] = walk::CASES;
 
@@ -166,5 +169,21 @@ impl Stage {
         ensure_eq!(exit.gpa, address, "guest-physical address");
         ensure_eq!(exit.gla, address, "guest-linear address");
         Ok(())
+    }
+}
+
+/// What L2 can do.
+const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::Fetch];
+
+/// A sequence that visits everything in no order.
+struct Dice(u64);
+
+impl Dice {
+    /// A number below `limit`.
+    fn below(&mut self, limit: u64) -> u64 {
+        // Knuth's MMIX generator.
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
     }
 }

@@ -25,19 +25,6 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "ept.neighbours.directory", run: directory },
 ];
 
-/// A sequence that visits everything in no order.
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `limit`.
-    fn below(&mut self, limit: u64) -> u64 {
-        // Knuth's MMIX generator.
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
-
 /// L2 and a table of 512 entries for its window. Each page begins with code, and its second word is
 /// its number.
 struct Table {
@@ -118,8 +105,6 @@ impl Table {
         [0, 1, 3, 5, 7, if execute_only { 4 } else { 0 }][number as usize % 6]
     }
 }
-
-const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::Fetch];
 
 /// Every permission beside every other.
 fn rights(ctx: &mut Ctx<'_>, ad: bool) -> Verdict {
