@@ -49,7 +49,7 @@ pub struct Nest {
     ept01: Ept01,
     offer: Offer,
     exits: u64,
-    watch: Watch,
+    pub(crate) watch: Watch,
     /// Frames that L1 has none of.
     pub(crate) spare: Vec<Hpa>,
     /// When L0 interrupts processors.

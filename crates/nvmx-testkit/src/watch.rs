@@ -11,6 +11,7 @@ use std::cell::{Cell, RefCell};
 use vmx_defs::addr::PAGE_SIZE;
 use vmx_defs::controls::{EntryCtls, ExitCtls, ProcCtls, ProcCtls2};
 use vmx_defs::{Field, Hpa};
+use vmx_model::Memory;
 use vmx_model::retention::Rng;
 use vmx_model::vmcs::Vmcs;
 
@@ -116,6 +117,12 @@ impl Watch {
         (frames::POOL.as_u64()..frames::POOL.as_u64() + size).contains(&frame.as_u64())
     }
 
+    /// Whether a shadow table has this entry.
+    fn is_in_pool(&self, memory: &Memory, value: u64) -> bool {
+        let words = u64::from(self.frames) * PAGE_SIZE / 8;
+        (0..words).any(|word| memory.read_u64(Hpa::new(frames::POOL.as_u64() + 8 * word)) == value)
+    }
+
     fn is_own(&self, frame: Hpa) -> bool {
         (0..self.processors).any(|processor| {
             [Use::MsrBitmap02, Use::Scratch]
@@ -192,15 +199,16 @@ impl Canary {
         Self { words }
     }
 
-    /// Whether a value is of the pattern, or an address that only L0 knows.
-    pub fn betrays(value: u64) -> bool {
-        // What a shadow entry that points to a table has beside the address and the rights.
+    /// Whether a value is of the pattern, or an address that only L0 knows, or an entry of a shadow
+    /// table.
+    pub fn betrays(nest: &crate::Nest, value: u64) -> bool {
+        // What an entry that points to a table has beside the address and the rights. Others may
+        // flip bits until a word of L1's looks like one; but is it one?
         let shadow = 1 << 63 | 1 << 8;
-        let address = value & 0x000f_ffff_ffff_f000;
-        let pool = frames::POOL.as_u64()..frames::POOL.as_u64() + (1 << 24);
+        let is_pointer = value & !0x000f_ffff_ffff_f007 == shadow && value & 7 != 0;
         value & PATTERN_BITS == PATTERN
             || value == crate::vmcs01::HOST_RIP
-            || value & !0x000f_ffff_ffff_f007 == shadow && pool.contains(&address)
+            || is_pointer && nest.watch.is_in_pool(&nest.machine().memory, value)
     }
 
     /// Looks at all of L0's pattern and of L1's memory.
@@ -214,7 +222,7 @@ impl Canary {
         }
         for at in (frames::L1_RAM..memory.size()).step_by(8).map(Hpa::new) {
             let value = memory.read_u64(at);
-            assert!(!Self::betrays(value), "L1's memory has {value:#x} at {at:?}");
+            assert!(!Self::betrays(nest, value), "L1's memory has {value:#x} at {at:?}");
         }
     }
 }

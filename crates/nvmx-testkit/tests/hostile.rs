@@ -5,6 +5,7 @@
 //! amount of work for each exit, and name no frame that is not theirs; the processor must accept
 //! every vmcs02; and nothing of L0's may be seen or changed.
 
+use nvmx::VmfuncMode;
 use nvmx_testkit::seeds;
 use nvmx_testkit::walks::{Rules, pages};
 use nvmx_testkit::watch::{Canary, Tamper};
@@ -179,7 +180,12 @@ impl Attack<'_> {
     fn instruction(&mut self) {
         let processor = self.processor();
         let mut at = layout::operands(processor);
-        let value = number(&mut self.rng);
+        let mut value = number(&mut self.rng);
+        if self.rng.one_in(3) {
+            // A region of this processor, or of another one.
+            let (owner, vm) = (self.processor(), self.rng.below(2) as usize);
+            value = self.rng.pick(&[layout::vmcs(owner, vm), layout::vmxon(owner)]);
+        }
         self.session.platform().poke(L1Gpa::new(at), value);
         let second = if self.rng.one_in(2) { 0 } else { number(&mut self.rng) };
         self.session.platform().poke(L1Gpa::new(at + 8), second);
@@ -314,7 +320,7 @@ impl Attack<'_> {
         let machine = nest.machine();
         for (number, processor) in machine.processors.iter().enumerate() {
             for value in processor.regs.gprs {
-                assert!(!Canary::betrays(value), "processor {number} holds {value:#x}");
+                assert!(!Canary::betrays(nest, value), "processor {number} holds {value:#x}");
             }
             if processor.mode() != VmxMode::NonRoot {
                 continue;
@@ -341,24 +347,30 @@ impl Attack<'_> {
             }
             for (field, name) in FIELDS {
                 let value = self.session.read_field(processor, *field);
-                assert!(!Canary::betrays(value), "L1 reads {value:#x} in {name}");
+                let nest = &*self.session.platform();
+                assert!(!Canary::betrays(nest, value), "L1 reads {value:#x} in {name}");
             }
         }
         self.canary.check(self.session.platform());
     }
 }
 
-fn config(seed: u64) -> NestConfig {
+fn config(seed: u64, reload: bool) -> NestConfig {
     let leaves = match seed % 3 {
         0 => Leaves::Huge,
         1 => Leaves::Small,
         _ => Leaves::Scattered(seed),
     };
-    NestConfig { leaves, hidden: vec![L1Gpa::new(HIDDEN)], frames: 256, ..NestConfig::random(seed) }
+    let vmfunc = if reload { VmfuncMode::Reload } else { VmfuncMode::Emulated };
+    let hidden = vec![L1Gpa::new(HIDDEN)];
+    // Enough for any one instruction.
+    let frames = 48 + 8 * (seed % 8) as u32;
+    NestConfig { leaves, hidden, frames, vmfunc, ..NestConfig::random(seed) }
 }
 
 fn attack(seed: u64, processors: usize, steps: usize) -> Did {
-    let config = config(seed);
+    // To throw all roots away is for one processor only.
+    let config = config(seed, processors == 1 && seed % 8 == 7);
     let caps = caps::bare_caps(&config.hardware);
     let profile = Profile { processors, wild: true, ve: false, ..Profile::default() };
     let program = generate(seed, &profile);
