@@ -417,7 +417,9 @@ fn run_one(
 ) -> Result<Finished> {
     let path = programs.get(program).with_context(|| format!("there is no test {program}"))?;
     let number = mutation.map_or("none".to_owned(), |number| number.to_string());
-    let log = folder.join(format!("{program}-{test}-{number}.log"));
+    let logs = folder.join("logs");
+    fs::create_dir_all(&logs)?;
+    let log = logs.join(format!("{program}-{test}-{number}.log"));
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let started = Instant::now();
     let mut child = Command::new(path)

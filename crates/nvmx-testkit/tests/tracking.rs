@@ -311,23 +311,44 @@ fn after_the_shootdown_nobody_uses_the_old_translation() {
     }
 }
 
-/// The processor finds the I/O bitmaps of a VMCS that runs where L1 has them now.
+/// Where L0 moves a page that is a part of a larger one, the larger one goes.
 #[test]
-fn io_bitmaps_are_found_where_they_have_been_moved_to() {
+fn a_part_of_a_large_page_can_be_moved() {
     let config = NestConfig::default();
     let caps = caps::bare_caps(&config.hardware);
     let mut nest = Nest::new(&config, Retention::Everything, 2);
-    let mut setup = setup(false);
-    for vm in &mut setup.vms {
-        vm.exits = ProcCtls::IO_BITMAPS;
+    let mut session = Session::new(&mut nest, &caps, &setup(false));
+    let page = layout::LARGE + 0x5000;
+    let load = Operation::Load { at: page, size: 8 };
+    let mark = Outcome::Completed { value: layout::mark(page), flags: 0 };
+    assert_eq!(session.guest(1, load), mark);
+    session.platform().move_page(0, L1Gpa::new(page));
+    assert_eq!(session.guest(1, load), mark, "the old frame has other content by now");
+}
+
+/// The processor finds the I/O bitmaps of a VMCS that runs where L1 has them now.
+#[test]
+fn io_bitmaps_are_found_where_they_have_been_moved_to() {
+    // Moved while the guest runs, or while L1 does.
+    for in_guest in [true, false] {
+        let config = NestConfig::default();
+        let caps = caps::bare_caps(&config.hardware);
+        let mut nest = Nest::new(&config, Retention::Everything, 2);
+        let mut setup = setup(false);
+        for vm in &mut setup.vms {
+            vm.exits = ProcCtls::IO_BITMAPS;
+        }
+        let mut session = Session::new(&mut nest, &caps, &setup);
+        let input = Operation::In { port: 0, size: 1 };
+        let free = Outcome::Completed { value: 0xff, flags: 0 };
+        let bitmap = L1Gpa::new(layout::IO_BITMAP);
+        assert_eq!(session.guest(1, input), free);
+        if !in_guest {
+            session.leave(1);
+        }
+        session.platform().move_page(0, bitmap);
+        assert_eq!(session.guest(1, input), free, "the old frame has other content by now");
+        session.platform().poke(bitmap, 1);
+        assert_eq!(session.guest(1, input), Outcome::Exit(ExitReason::IO_INSTRUCTION));
     }
-    let mut session = Session::new(&mut nest, &caps, &setup);
-    let input = Operation::In { port: 0, size: 1 };
-    let free = Outcome::Completed { value: 0xff, flags: 0 };
-    let bitmap = L1Gpa::new(layout::IO_BITMAP);
-    assert_eq!(session.guest(1, input), free);
-    session.platform().move_page(0, bitmap);
-    assert_eq!(session.guest(1, input), free, "the old frame has other content by now");
-    session.platform().poke(bitmap, 1);
-    assert_eq!(session.guest(1, input), Outcome::Exit(ExitReason::IO_INSTRUCTION));
 }
