@@ -49,7 +49,7 @@ use nvmx::caps::{Caps, HardwareCaps};
 use nvmx::engine::{self, Config, Nested};
 use nvmx::paging::AddressSizes;
 use vmx_defs::Hpa;
-use vmx_defs::msr::{self as number, EptVpidCap};
+use vmx_defs::msr::{self as number, EptVpidCap, VmxMisc};
 
 use crate::apic::LocalApic;
 use crate::console::fail;
@@ -189,6 +189,7 @@ extern "C" fn start_of_rust(information: u32) -> ! {
             VmfuncMode::Reload => engine::VmfuncMode::Reload,
         },
         ept01: ept01.eptp(),
+        stint: is_smp.then(|| stint(&hardware)),
     });
     let machine =
         Machine::install(Machine::new(options, &map, nested, hardware, ept01, sizes, is_smp));
@@ -223,6 +224,16 @@ extern "C" fn start_of_rust(information: u32) -> ! {
 const START_PAGE_LIMIT: u64 = 0xA_0000;
 /// Shadow roots that are kept: a full list of L1's for each of two VMCSs.
 const ROOTS: u32 = 1024;
+/// Time-stamp counts that L2 may run without an exit on a machine with several processors: some
+/// milliseconds, which is how long another may have to wait for frames.
+const STINT: u32 = 1 << 23;
+
+/// The same in units of the VMX-preemption timer (SDM "VMX-Preemption Timer").
+fn stint(hardware: &HardwareCaps) -> u32 {
+    let rate = VmxMisc::from(hardware.msr(number::VMX_MISC)).preemption_timer_rate();
+    (STINT >> rate).max(1)
+}
+
 /// VMCSs of L1 that are kept out of its memory.
 const VMCS_CACHE: usize = 64;
 

@@ -122,6 +122,7 @@ impl Nest {
             vmcs_cache: config.vmcs_cache + processors,
             vmfunc: config.vmfunc,
             ept01: ept01.eptp(),
+            stint: None,
         });
         let watch = Watch::new(config.frames, processors);
         let kicks = config.kicks.map(|(odds, seed)| (odds, Rng::new(seed)));

@@ -359,6 +359,7 @@ impl Attack {
             vmcs_cache: 3,
             vmfunc: VmfuncMode::Emulated,
             ept01: Eptp::from(EPT01 | 3 << 3 | 6),
+            stint: None,
         });
         let l1 = layout::l1_registers(0);
         let state = [

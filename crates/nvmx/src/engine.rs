@@ -19,7 +19,7 @@ use crate::vmcs12::{FieldSet, Vmcs12};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use vmx_defs::controls::EPTP_LIST_LEN;
+use vmx_defs::controls::{EPTP_LIST_LEN, PinCtls};
 use vmx_defs::ept::Eptp;
 use vmx_defs::field::Kind;
 use vmx_defs::{Field, Hpa, L1Gpa};
@@ -59,6 +59,10 @@ pub struct Config {
     pub vmfunc: VmfuncMode,
     /// EPT01, which L2 runs on where L1 gives it no EPT.
     pub ept01: Eptp,
+    /// Longest time that L2 runs without an exit, in units of the VMX-preemption timer. With several
+    /// processors, so that none waits for ever until another, whose L2 never exits, has
+    /// [flushed](crate::shootdown). Needs the timer to be offered to L1.
+    pub stint: Option<u32>,
 }
 
 /// What the processors of a virtual machine share.
@@ -127,6 +131,8 @@ pub struct Processor {
     pub(crate) values: Box<Vmcs12>,
     /// [`Nested::ept01_changes`] when vmcs02 last got the real addresses of L1's pages.
     pub(crate) ept01_seen: u64,
+    /// What is left of L1's preemption timer beyond what the processor counts down now.
+    pub(crate) timer_rest: u64,
     pub(crate) bitmap: MsrBitmap,
     /// A frame that stands for a page which L0 hides, where the processor may write to it.
     pub(crate) scratch: Hpa,
@@ -278,6 +284,7 @@ impl Nested {
             checked_lma: false,
             values: Box::default(),
             ept01_seen: 0,
+            timer_rest: 0,
             bitmap,
             scratch,
             vpids: Vpids::new(),
@@ -306,6 +313,11 @@ impl Nested {
         }
         processor.flushed_for = self.shadow.flush_if_behind(host, processor.number)?;
         Ok(())
+    }
+
+    /// The longest time that L2 may run, where there is one.
+    pub(crate) fn stint(&self) -> Option<u32> {
+        self.config.stint.filter(|_| self.config.caps.may_pin(PinCtls::PREEMPTION_TIMER))
     }
 
     /// What L1 is offered.

@@ -67,6 +67,7 @@ impl Nested {
         region: L1Gpa,
     ) -> HostResult<Entry> {
         let caps = &self.config.caps;
+        let stint = self.stint();
         let vmcs = self.vmcss.get(id).ok_or(HostError::WrongState)?;
 
         let l1 = L1State {
@@ -163,7 +164,7 @@ impl Nested {
         let moved = processor.ept01_seen != self.ept01_changes;
         let virtual_apic = virtual_apic(vmcs);
         if written.any(Kind::Control) {
-            write_controls(&mut writer, vmcs, caps)?;
+            write_controls(&mut writer, vmcs, caps, stint.is_some())?;
         }
         // TPR shadow: the page that stands for one that L0 hides is made anew.
         if written.any(Kind::Control) || virtual_apic.is_some() || moved {
@@ -177,10 +178,15 @@ impl Nested {
             writer.host.vmwrite(field, vmcs.get(field))?;
         }
         write_switched_state(&mut writer, vmcs, &l1)?;
-        let timer = vmcs.pin().contains(PinCtls::PREEMPTION_TIMER);
-        if timer {
-            writer.write(Field::PREEMPTION_TIMER, vmcs.get(Field::PREEMPTION_TIMER))?;
+        let timer = vmcs
+            .pin()
+            .contains(PinCtls::PREEMPTION_TIMER)
+            .then(|| vmcs.get(Field::PREEMPTION_TIMER));
+        let (now, rest) = split_timer(timer, stint);
+        if let Some(now) = now {
+            writer.write(Field::PREEMPTION_TIMER, now)?;
         }
+        processor.timer_rest = rest;
         if check::pae_paging(vmcs) {
             // Without EPT the processor would have loaded them from L1's memory; vmcs02 has EPT.
             let pdptes =
@@ -282,9 +288,11 @@ fn write_controls<H: Host>(
     writer: &mut Vmcs02Writer<'_, H>,
     vmcs: &Vmcs12,
     caps: &Caps,
+    timer: bool,
 ) -> HostResult {
     let pin = vmcs.pin();
-    writer.write(Field::PIN_CTLS, caps.pin.adjust(pin.bits()).into())?;
+    let wanted = if timer { pin | PinCtls::PREEMPTION_TIMER } else { pin };
+    writer.write(Field::PIN_CTLS, caps.pin.adjust(wanted.bits()).into())?;
     let proc = vmcs.proc() | ProcCtls::MSR_BITMAPS | ProcCtls::SECONDARY_CONTROLS;
     writer.write(Field::PROC_CTLS, caps.proc.adjust(proc.bits()).into())?;
     let proc2 = vmcs.proc2() | ProcCtls2::EPT | ProcCtls2::VPID;
@@ -300,6 +308,14 @@ fn write_controls<H: Host>(
     // Always saved, since exits that L0 handles must not lose it.
     exit.set(ExitCtls::SAVE_PREEMPTION_TIMER, pin.contains(PinCtls::PREEMPTION_TIMER));
     writer.write(Field::EXIT_CTLS, caps.exit.adjust(exit.bits()).into())
+}
+
+/// What the processor counts down, if anything, of L1's preemption timer and of the longest time that
+/// L2 may run, and what of L1's timer is left then.
+pub(crate) fn split_timer(timer: Option<u64>, stint: Option<u32>) -> (Option<u64>, u64) {
+    let Some(stint) = stint.map(u64::from) else { return (timer, 0) };
+    let now = timer.unwrap_or(stint).min(stint);
+    (Some(now), timer.unwrap_or(now) - now)
 }
 
 /// The page that the processor writes a virtual APIC to, if it does.

@@ -7,7 +7,7 @@
 use crate::cache::VmcsId;
 use crate::check::pdpte_is_valid;
 use crate::engine::{Handled, Nested, Processor};
-use crate::enter::{EFER_LME, PDPTES, read_pdptes};
+use crate::enter::{EFER_LME, PDPTES, read_pdptes, split_timer};
 use crate::ept::{Resolution, wanted};
 use crate::host::{Host, HostError, HostResult, MsrFault};
 use crate::inject::{self, Exception, Outcome};
@@ -115,11 +115,30 @@ impl Nested {
                 let hardware = EptViolation::from(host.vmread(Field::EXIT_QUALIFICATION)?);
                 self.hidden(processor, host, gpa.without_ept(), hardware)
             }
+            ExitReason::PREEMPTION_TIMER => self.preemption_timer(processor, host),
             ExitReason::RDMSR => self.rdmsr(processor, host, gprs),
             ExitReason::WRMSR => self.wrmsr(processor, host, gprs),
             ExitReason::CR_ACCESS => self.control_register(processor, host, gprs),
             _ => self.reflect(processor, host, None),
         }
+    }
+
+    /// The time that the processor counted down is over. It was L1's, unless there is a rest of that,
+    /// or L1 has no timer running: then L2 goes on.
+    fn preemption_timer(
+        &mut self,
+        processor: &mut Processor,
+        host: &mut impl Host,
+    ) -> HostResult<Handled> {
+        let vmcs = self.vmcs12(processor).ok_or(HostError::WrongState)?;
+        if processor.timer_rest == 0 {
+            let own = self.stint().is_some() && !vmcs.pin().contains(PinCtls::PREEMPTION_TIMER);
+            return if own { Ok(Handled::Enter) } else { self.reflect(processor, host, None) };
+        }
+        let (now, rest) = split_timer(Some(processor.timer_rest), self.stint());
+        processor.timer_rest = rest;
+        host.vmwrite(Field::PREEMPTION_TIMER, now.unwrap_or(0))?;
+        Ok(Handled::Enter)
     }
 
     /// An EPT violation, or a misconfiguration: the shadow EPT has none but through a change of
@@ -377,7 +396,8 @@ impl Nested {
             let value = host.vmread(*field)?;
             vmcs.keep(*field, value);
         }
-        let kept = save_switched_state(vmcs, host, &mut processor.values)?;
+        let rest = core::mem::take(&mut processor.timer_rest);
+        let kept = save_switched_state(vmcs, host, &mut processor.values, rest)?;
 
         processor.counters.reflected += 1;
         let area = L1Gpa::new(vmcs.get(Field::EXIT_MSR_STORE_ADDR));
@@ -438,6 +458,7 @@ fn save_switched_state<H: Host>(
     vmcs: &mut Vmcs12,
     host: &mut H,
     values: &mut Vmcs12,
+    timer_rest: u64,
 ) -> HostResult<Kept> {
     let exit = vmcs.exit_ctls();
     let mut save = |vmcs: &mut Vmcs12, host: &mut H, field, wanted| {
@@ -455,7 +476,10 @@ fn save_switched_state<H: Host>(
     let efer = save(vmcs, host, Field::GUEST_EFER, exit.contains(ExitCtls::SAVE_EFER))?;
     if vmcs.pin().contains(PinCtls::PREEMPTION_TIMER) {
         let wanted = exit.contains(ExitCtls::SAVE_PREEMPTION_TIMER);
-        save(vmcs, host, Field::PREEMPTION_TIMER, wanted)?;
+        let counted = save(vmcs, host, Field::PREEMPTION_TIMER, false)?;
+        if wanted {
+            vmcs.set(Field::PREEMPTION_TIMER, counted + timer_rest);
+        }
     }
     let pae = vmcs.get(Field::GUEST_CR0) & CR0_PG != 0
         && vmcs.get(Field::GUEST_CR4) & CR4_PAE != 0

@@ -27,8 +27,7 @@ pub enum HostError {
     InvEpt,
     /// INVVPID failed.
     InvVpid,
-    /// The pool of frames is smaller than [`crate::Config::frame_count`] asks for; or all of it is
-    /// held by the roots that other processors run on, with [`crate::VmfuncMode::Reload`].
+    /// The pool of frames is smaller than [`crate::Config::frame_count`] asks for.
     OutOfFrames,
     /// The engine was called in a state that the call does not fit (say, an L2 exit while L1 ran).
     WrongState,

@@ -46,14 +46,12 @@ impl Nested {
         }
 
         let has_vpid = vmcs.has_vpid();
-        if self.config.vmfunc == VmfuncMode::Reload {
-            self.shadow.drop_all(host, processor.number)?;
-        }
-        let Some(eptp02) = self.shadow.switch(host, processor.number, eptp, hint)? else {
-            if self.config.vmfunc == VmfuncMode::Reload {
-                // The root that L2 ran on is gone.
-                return Err(HostError::OutOfFrames);
-            }
+        let found = if self.config.vmfunc == VmfuncMode::Reload {
+            self.shadow.switch_anew(host, processor.number, eptp, hint)?
+        } else {
+            self.shadow.switch(host, processor.number, eptp, hint)?
+        };
+        let Some(eptp02) = found else {
             // L2 executes its VMFUNC again.
             return Ok(Handled::Enter);
         };

@@ -129,6 +129,50 @@ fn the_mode_of_l2_is_saved_in_the_entry_controls() {
 }
 
 #[test]
+fn l2_runs_for_so_long_only_and_l1s_timer_goes_on_over_that() {
+    let timer = PinCtls::PREEMPTION_TIMER.bits();
+    let exits = |rig: &mut Rig| rig.exit(0, ExitReason::PREEMPTION_TIMER, 0);
+    // L1 has no timer: the exit is L0's, and the processor loads the value again.
+    let mut rig = Rig::ready();
+    rig.nested.config.stint = Some(500);
+    assert_eq!(rig.launch(0), End::Entered);
+    assert_eq!(rig.l2(0, Field::PIN_CTLS) & u64::from(timer), timer.into());
+    assert_eq!(rig.l2(0, Field::PREEMPTION_TIMER), 500);
+    let save = u64::from(ExitCtls::SAVE_PREEMPTION_TIMER.bits());
+    assert_eq!(rig.l2(0, Field::EXIT_CTLS) & save, 0);
+    assert_eq!(exits(&mut rig), End::Entered);
+
+    // L1's own: shorter, and longer.
+    for (value, counted) in [(0, &[0][..]), (499, &[499]), (500, &[500]), (1200, &[500, 500, 200])]
+    {
+        let mut rig = Rig::ready();
+        rig.nested.config.stint = Some(500);
+        for (field, set) in [(Field::PIN_CTLS, timer), (Field::EXIT_CTLS, save as u32)] {
+            let (field, value) = control(field, set, 0);
+            rig.vmwrite(0, field, value);
+        }
+        rig.vmwrite(0, Field::PREEMPTION_TIMER, value);
+        assert_eq!(rig.launch(0), End::Entered);
+        // Another exit in the first stint: what is left, whoever counts it.
+        assert_eq!(rig.l2(0, Field::PREEMPTION_TIMER), counted[0]);
+        set_l2(&mut rig, Field::PREEMPTION_TIMER, counted[0] / 2);
+        assert_eq!(rig.exit(0, ExitReason::CPUID, 0), End::Exited);
+        let left = value - counted[0] + counted[0] / 2;
+        assert_eq!(rig.vmread(0, Field::PREEMPTION_TIMER), left);
+        rig.vmwrite(0, Field::PREEMPTION_TIMER, value);
+        assert_eq!(rig.resume(0), End::Entered);
+        for (number, part) in counted.iter().enumerate() {
+            assert_eq!(rig.l2(0, Field::PREEMPTION_TIMER), *part);
+            set_l2(&mut rig, Field::PREEMPTION_TIMER, 0);
+            let last = number + 1 == counted.len();
+            assert_eq!(exits(&mut rig), if last { End::Exited } else { End::Entered });
+        }
+        assert_eq!(rig.vmread(0, Field::EXIT_REASON), ExitReason::PREEMPTION_TIMER.bits().into());
+        assert_eq!(rig.vmread(0, Field::PREEMPTION_TIMER), 0);
+    }
+}
+
+#[test]
 fn the_preemption_timer_and_the_pdptes_are_saved_where_they_are_in_use() {
     for save in [false, true] {
         let mut rig = Rig::ready();

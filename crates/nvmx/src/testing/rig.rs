@@ -129,6 +129,7 @@ impl Rig {
             vmcs_cache: cpus + 2,
             vmfunc,
             ept01: ept01(),
+            stint: None,
         });
         let mut host = TestHost::new(0x10_0000);
         host.tracked = Some(nested.tracked().clone());

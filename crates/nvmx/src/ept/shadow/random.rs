@@ -440,9 +440,13 @@ fn run(processors: usize, frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec
             Op::Reload { processor, eptp } => {
                 let processor = processor % processors;
                 acting = processor;
-                bed.shadow.drop_all(&mut bed.host, processor).unwrap();
-                oracle.run(processor, None);
-                switch(&mut bed, &mut oracle, processor, eptps()[eptp]);
+                let (eptp, hint) = (eptps()[eptp], &mut RootHint::default());
+                let found = bed.shadow.switch_anew(&mut bed.host, processor, eptp, hint).unwrap();
+                if found.is_some() {
+                    bed.shadow.enter(processor);
+                    oracle.run(processor, Some(eptp));
+                }
+                bed.shadow.flush_if_behind(&mut bed.host, processor).unwrap();
             }
             Op::Access { processor, gpa, kind, walk } => {
                 let processor = processor % processors;
@@ -474,7 +478,7 @@ fn run(processors: usize, frames: u32, leaf_shift: u8, start: Vec<u64>, ops: Vec
     for processor in 0..processors {
         bed.shadow.leave(processor);
     }
-    bed.shadow.drop_all(&mut bed.host, 0).unwrap();
+    bed.shadow.drop_unused(&mut bed.host, 0).unwrap();
     assert_eq!(bed.shadow.usage(), (0, 0));
     assert_eq!(bed.shadow.pool.available(), frames as usize);
 }

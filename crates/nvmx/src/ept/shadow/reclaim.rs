@@ -1,9 +1,10 @@
 //! Which roots and tables go when frames are short?
 
 use super::super::compose::EMPTY;
-use super::super::pool::{bits, mix};
-use super::{RootId, Shadow};
+use super::super::pool::{TableId, bits, mix};
+use super::{RootHint, RootId, Shadow};
 use crate::host::{Host, HostResult, InvEpt};
+use vmx_defs::Eptp;
 
 impl Shadow {
     /// Makes sure that `count` frames can be taken, by giving up what was least recently used.
@@ -34,10 +35,7 @@ impl Shadow {
             // Only the roots that run are left: empty them. Their processors fill them again.
             for number in 0..self.processors.len() {
                 let Some(root) = self.current(number) else { continue };
-                let live = self.pool.get(root.table).map_or([0; 8], |table| table.live);
-                for at in bits(live) {
-                    self.set(host, root.table, at, 4, EMPTY);
-                }
+                self.empty(host, root.table);
             }
         }
         self.free_released(host, processor)?;
@@ -85,15 +83,42 @@ impl Shadow {
         self.counters.roots_dropped += 1;
     }
 
-    /// Gives up every root that no other processor runs on, this processor's too, as a hypervisor
-    /// without a root cache does at each change of EPTP. [`Self::switch`] must follow before L2
-    /// runs again.
+    /// As [`Self::switch`], but as a hypervisor without a root cache does it: nothing that was
+    /// composed before is left, but what other processors run on. To measure against.
     ///
     /// # Errors
     /// [`crate::HostError::InvEpt`].
-    pub fn drop_all(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
-        self.leave(processor);
+    #[cold]
+    pub fn switch_anew(
+        &mut self,
+        host: &mut impl Host,
+        processor: usize,
+        eptp: Eptp,
+        hint: &mut RootHint,
+    ) -> HostResult<Option<Eptp>> {
+        if let Some(root) = self.current(processor).filter(|root| root.eptp12 == eptp) {
+            self.empty(host, root.table);
+        }
+        while self.drop_oldest(host) {}
+        // The root that L2 runs on stays until there is a new one: it may have to try again.
+        let found = self.switch(host, processor, eptp, hint)?;
+        if found.is_some() {
+            self.drop_unused(host, processor)?;
+        }
+        Ok(found)
+    }
+
+    /// Gives up every root that no processor runs on.
+    pub(super) fn drop_unused(&mut self, host: &mut impl Host, processor: usize) -> HostResult {
         while self.drop_oldest(host) {}
         self.free_released(host, processor)
+    }
+
+    /// Takes everything out of a root.
+    fn empty(&mut self, host: &mut impl Host, root: TableId) {
+        let live = self.pool.get(root).map_or([0; 8], |table| table.live);
+        for at in bits(live) {
+            self.set(host, root, at, 4, EMPTY);
+        }
     }
 }

@@ -293,7 +293,8 @@ fn tables_that_l1_shares_between_eptps_are_shadowed_once() {
     bed.switch(0, second);
     let root = bed.switch(0, first);
     assert_eq!(bed.look(root, 0x5000).unwrap().hpa, real(0x11_0000));
-    bed.shadow.drop_all(&mut bed.host, 0).unwrap();
+    bed.shadow.leave(0);
+    bed.shadow.drop_unused(&mut bed.host, 0).unwrap();
     assert_eq!(bed.shadow.usage(), (0, 0));
     assert_eq!(bed.shadow.pool.available(), 64);
 }
@@ -835,7 +836,8 @@ fn a_small_pool_serves_a_large_ept_frame_by_frame() {
         }
     }
     assert_eq!(bed.shadow.counters().roots_built, 1);
-    bed.shadow.drop_all(&mut bed.host, 0).unwrap();
+    bed.shadow.leave(0);
+    bed.shadow.drop_unused(&mut bed.host, 0).unwrap();
     assert_eq!(bed.shadow.pool.available(), 16);
 }
 
@@ -860,7 +862,7 @@ fn a_processor_waits_for_frames_that_others_hold_and_gets_them() {
 }
 
 #[test]
-fn drop_all_gives_every_frame_back_and_spares_what_others_run_on() {
+fn a_switch_without_a_cache_gives_frames_back_and_spares_what_others_run_on() {
     let mut bed = Bed::with(64, 16, 2);
     let eptps: Vec<_> = (0..4).map(|_| bed.eptp(false)).collect();
     for eptp in &eptps {
@@ -869,12 +871,23 @@ fn drop_all_gives_every_frame_back_and_spares_what_others_run_on() {
         bed.filled(0, 0x5000, READ);
     }
     bed.switch(1, eptps[2]);
-    bed.shadow.drop_all(&mut bed.host, 0).unwrap();
-    assert_eq!(bed.shadow.usage(), (4, 1));
+    let anew = |bed: &mut Bed, eptp| {
+        let hint = &mut RootHint::default();
+        let found = bed.shadow.switch_anew(&mut bed.host, 0, eptp, hint).unwrap();
+        bed.shadow.check(&bed.host);
+        found
+    };
+    assert!(anew(&mut bed, eptps[0]).is_some());
+    assert_eq!(bed.shadow.usage(), (5, 2));
     assert_eq!(bed.access(1, 0x5000, READ), None);
-    assert_eq!(bed.shadow.pool.available(), 64 - 16, "processor 1 has not flushed");
+    assert_eq!(bed.shadow.pool.available(), 64 - 17, "processor 1 has not flushed");
     bed.shadow.leave(1);
-    bed.shadow.drop_all(&mut bed.host, 0).unwrap();
+    bed.filled(0, 0x5000, READ);
+    assert!(anew(&mut bed, eptps[0]).is_some());
+    assert_eq!(bed.shadow.usage(), (1, 1), "the same is begun anew too");
+    assert_eq!(bed.shadow.pool.available(), 63);
+    bed.shadow.leave(0);
+    bed.shadow.drop_unused(&mut bed.host, 0).unwrap();
     assert_eq!(bed.shadow.usage(), (0, 0));
     assert_eq!(bed.shadow.pool.available(), 64);
     bed.shadow.check(&bed.host);
