@@ -11,10 +11,13 @@ use nvmx_testkit::walks::{Rules, pages};
 use nvmx_testkit::watch::{Canary, Tamper};
 use nvmx_testkit::{Leaves, Nest, NestConfig, caps};
 use vmx_defs::field::FIELDS;
-use vmx_defs::{EptPermissions, Field, L1Gpa, msr};
+use vmx_defs::{EptPermissions, ExitReason, Field, L1Gpa, VmInstructionError, msr};
 use vmx_model::generate::{Profile, generate};
+use vmx_model::registers::rflags;
 use vmx_model::retention::Rng;
-use vmx_model::{Action, Operation, Platform, Program, Retention, Session, Step, VmxMode, layout};
+use vmx_model::{
+    Action, Operation, Outcome, Platform, Program, Retention, Session, Step, VmxMode, layout,
+};
 
 /// A page for MSR areas.
 const AREA: u64 = 300 << 12;
@@ -437,4 +440,38 @@ fn nor_do_several_of_its_processors() {
     let mut did = Did::default();
     seeds::each("hostile on several processors", 1500, |seed| did.add(attack(seed, 3, 60)));
     println!("{did:?}");
+}
+
+/// MSR areas that are good for as long as there is memory, and counts that ask for all of it.
+#[test]
+fn huge_msr_areas_are_refused_and_large_ones_carried_out() {
+    const FIRST: u64 = 310 << 12;
+    let areas = [
+        (Field::ENTRY_MSR_LOAD_COUNT, Field::ENTRY_MSR_LOAD_ADDR),
+        (Field::EXIT_MSR_STORE_COUNT, Field::EXIT_MSR_STORE_ADDR),
+        (Field::EXIT_MSR_LOAD_COUNT, Field::EXIT_MSR_LOAD_ADDR),
+    ];
+    let config = NestConfig { frames: 16, ..NestConfig::default() };
+    let caps = caps::bare_caps(&config.hardware);
+    let mut nest = Nest::new(&config, Retention::Everything, 1);
+    let mut session = Session::new(&mut nest, &caps, &Program::default().setup);
+    for entry in (FIRST..RAM_END).step_by(16) {
+        session.platform().poke(L1Gpa::new(entry), msr::SYSENTER_EIP.into());
+    }
+    for (count, at) in areas {
+        for (entries, entered) in [(512, true), (513, false), (u32::MAX, false), (0, true)] {
+            for (field, value) in [(at, FIRST), (count, entries.into())] {
+                session.carry_out(&Step { processor: 0, action: Action::SetField(field, value) });
+            }
+            let outcome = session.guest(0, Operation::Vmcall);
+            if entered {
+                assert_eq!(outcome, Outcome::Exit(ExitReason::VMCALL), "{count:?} {entries}");
+            } else {
+                assert_eq!(outcome, Outcome::Completed { value: 0, flags: rflags::ZF });
+                let error = session.read_field(0, Field::VM_INSTRUCTION_ERROR);
+                assert_eq!(error, VmInstructionError::EntryControls.number().into());
+            }
+        }
+    }
+    assert!(nest.most_calls() < 4_000, "{} calls", nest.most_calls());
 }

@@ -311,6 +311,10 @@ fn a_hot_root_survives_a_flood() {
             assert_eq!(counters(&mut flood).roots_built, first.roots_built + count);
             let at = address(&mut flood.rng);
             flood.counted(0, Operation::Load { at, size: 8 });
+            // Not at once again: a root that another one follows is not thrown out for being in use.
+            if count % 2 == 0 {
+                continue;
+            }
             flood.switch(0, 0, hot);
             let before = counters(&mut flood).fills;
             touch(&mut flood);
