@@ -483,6 +483,23 @@ mod tests {
         assert_eq!(names.len(), MUTATIONS.len());
     }
 
+    /// A test of a rule that nothing makes fail may be no test of it.
+    #[test]
+    fn each_test_of_a_rule_of_the_seed_catches_something() {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/nvmx-testkit/tests/seed.rs");
+        let text = fs::read_to_string(path).unwrap();
+        let rule = Regex::new(r"(?m)^fn (s([1-9])_\w+)").unwrap();
+        let mut rules = std::collections::BTreeSet::new();
+        for found in rule.captures_iter(&text) {
+            let test = &found[1];
+            rules.insert(found[2].to_owned());
+            let catches = |mutation: &Mutation| mutation.caught_by == ("seed", test);
+            assert!(MUTATIONS.iter().any(catches), "{test} catches nothing");
+        }
+        assert_eq!(rules.len(), 9);
+    }
+
     fn mutation(name: &'static str, find: &'static str, replace: &'static str) -> Mutation {
         let caught_by = ("", "");
         Mutation { name, breaks: "", file: "lib.rs", find, replace, caught_by }

@@ -243,7 +243,7 @@ fn s4_a_switch_to_the_eptp_in_use_counts() {
 }
 
 #[test]
-fn s4_all_pcids_and_all_ep4tas_go() {
+fn s4_all_pcids_all_ep4tas_and_globals_go() {
     let mut setup = setup(GuestMode::Long, 0);
     setup.vms[0].cr4 = cr4::PCIDE;
     for retention in POLICIES {
@@ -259,8 +259,14 @@ fn s4_all_pcids_and_all_ep4tas_go() {
             l1.done(load_cr3(0));
             assert_eq!(l1.load(DATA), mark(0, 0));
             turn_the_first_page(l1);
+            // A global page, too.
+            let last = layout::DATA_PAGES - 1;
+            assert_eq!(l1.load(DATA + (last << 12)), mark(0, last));
+            let entry = layout::guest_structure(PT) + 8 * (layout::DATA + last);
+            l1.write(entry, (layout::DATA + 1) << 12 | layout::PWU);
             l1.switch(0);
             assert_eq!(l1.load(DATA), mark(0, 1));
+            assert_eq!(l1.load(DATA + (last << 12)), mark(0, 1));
             l1.done(load_cr3(5));
             l1.switch(2);
             assert_eq!(l1.load(DATA), mark(2, 1));

@@ -33,6 +33,27 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         caught_by: ("seed", "s4_without_vpid_every_switch_drops_combined_mappings"),
     },
     Mutation {
+        name: "switch-keeps-globals",
+        breaks: "a switch without VPID keeps global mappings of VPID 0000H (S4)",
+        file: "tlb.rs",
+        find: "if has_vpid { Ok(()) } else { self.flush(host, InvVpid::Single(WITHOUT_VPID)) }",
+        replace: "if has_vpid {
+                Ok(())
+            } else {
+                self.flush(host, InvVpid::RetainGlobals(WITHOUT_VPID))
+            }",
+        caught_by: ("seed", "s4_all_pcids_all_ep4tas_and_globals_go"),
+    },
+    Mutation {
+        name: "switch-invalidates-as-invept",
+        breaks: "a switch drops guest-physical mappings, too (S4)",
+        file: "vmfunc.rs",
+        find: "processor.vpids.switched(host, has_vpid)?;",
+        replace: "self.shadow.invalidate(host, processor.number, None)?;
+            processor.vpids.switched(host, has_vpid)?;",
+        caught_by: ("seed", "s4_guest_physical_mappings_stay"),
+    },
+    Mutation {
         name: "switch-to-same-no-flush",
         breaks: "a switch without VPID to the EPTP in use flushes nothing (S4)",
         file: "vmfunc.rs",
@@ -118,6 +139,23 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         caught_by: ("seed", "s7_what_is_refused_exits_and_changes_nothing"),
     },
     Mutation {
+        name: "list-entry-judged-by-its-address",
+        breaks: "an entry of the list with the address of a valid one is not validated (S7)",
+        file: "ept/shadow.rs",
+        find: "Some(Some(root)) if root.eptp12 == eptp)",
+        replace: "Some(Some(root)) if root.eptp12 == eptp
+            || MUTANT && root.eptp12.table() == eptp.table())",
+        caught_by: ("seed", "s7_an_entry_that_was_valid_is_judged_again"),
+    },
+    Mutation {
+        name: "vm-functions-always-on",
+        breaks: "VMFUNC exits where L1 has not enabled VM functions, and is no #UD (S7)",
+        file: "enter.rs",
+        find: "vmcs.proc2() | ProcCtls2::EPT | ProcCtls2::VPID",
+        replace: "vmcs.proc2() | ProcCtls2::EPT | ProcCtls2::VPID | ProcCtls2::VM_FUNCTIONS",
+        caught_by: ("seed", "s7_vmfunc_is_undefined_where_it_is_off"),
+    },
+    Mutation {
         name: "eptp12-not-updated",
         breaks: "L1 finds the old value in its EPT-pointer field after a switch (S8)",
         file: "vmfunc.rs",
@@ -154,9 +192,17 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         name: "exit-no-flush",
         breaks: "a VM exit without VPID keeps L1's own mappings of VPID 0000H (S6)",
         file: "tlb.rs",
-        find: "self.flush(host, InvVpid::Single(VPID01))",
+        find: "if has_vpid { Ok(()) } else { self.flush(host, InvVpid::Single(VPID01)) }",
         replace: "Ok(())",
         caught_by: ("seed", "s6_without_vpid_the_exit_drops_what_l1_has"),
+    },
+    Mutation {
+        name: "exit-flushes-always",
+        breaks: "a VM exit with VPID drops L1's own mappings (S6)",
+        file: "tlb.rs",
+        find: "if has_vpid { Ok(()) } else { self.flush(host, InvVpid::Single(VPID01)) }",
+        replace: "self.flush(host, InvVpid::Single(VPID01))",
+        caught_by: ("seed", "s6_the_mappings_of_l1_survive_a_switch"),
     },
     Mutation {
         name: "one-vpid02-for-two",
@@ -257,6 +303,14 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         find: "Self::siblings(eptp)",
         replace: "[eptp; 4]",
         caught_by: ("invalidation", "invept_reaches_all_eptps_with_equal_bits_51_12"),
+    },
+    Mutation {
+        name: "invept-single-is-all",
+        breaks: "INVEPT of one context drops the mappings of all (S6)",
+        file: "vmx.rs",
+        find: "self.shadow.invalidate(host, processor.number, Some(eptp))?;",
+        replace: "self.shadow.invalidate(host, processor.number, None)?;",
+        caught_by: ("seed", "s6_the_roots_of_other_eptps_survive"),
     },
     Mutation {
         name: "stale-snapshot",
@@ -377,7 +431,7 @@ pub(super) const MUTATIONS: &[Mutation] = &[
         file: "ept/role.rs",
         find: "Self(self.0 & ACCESSED_DIRTY)",
         replace: "Self(0)",
-        caught_by: ("seed", "s3_accessed_and_dirty_flags_follow_the_eptp_at_once"),
+        caught_by: ("seed", "s3_the_flag_alone_makes_another_root"),
     },
     Mutation {
         name: "frame-reused-at-once",
