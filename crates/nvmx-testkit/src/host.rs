@@ -2,6 +2,7 @@
 //! instructions of one processor, L1's memory through EPT01, the frames of the pool, and the MSRs.
 
 use nvmx::Tracked;
+use nvmx::caps::Caps;
 use nvmx::host::{
     Frames, HostError, HostResult, InvEpt, InvVpid, L1Mapping, L1Memory, MsrFault, Msrs, Vmx,
 };
@@ -249,6 +250,9 @@ impl Msrs for Host<'_> {
         self.watch.call();
         if let Some(field) = field_of(index) {
             return self.vmread(field).map_err(|_| MsrFault);
+        }
+        if index == msr::FEATURE_CONTROL {
+            return Ok(Caps::feature_control());
         }
         if is_answered(index) {
             return self.offer.caps.read_msr(index).ok_or(MsrFault);
