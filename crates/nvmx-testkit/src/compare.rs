@@ -76,6 +76,8 @@ pub struct Ran {
     pub exits: u64,
     /// Programs that left something stale though they were meant not to.
     pub inexact: u64,
+    /// Programs whose allowed answers were too many to be computed to the end.
+    pub given_up: u64,
 }
 
 impl Case {
@@ -146,6 +148,7 @@ impl Ran {
         self.guest_accesses += other.guest_accesses;
         self.exits += other.exits;
         self.inexact += other.inexact;
+        self.given_up += other.given_up;
     }
 
     fn of(program: &Program, trace: &Trace, nest: &Nest) -> Self {
@@ -155,6 +158,7 @@ impl Ran {
             guest_accesses: trace.guest_accesses,
             exits: nest.exits(),
             inexact: 0,
+            given_up: 0,
         }
     }
 }
@@ -242,6 +246,10 @@ pub fn allowed(
     let trace = run(&mut checked, &caps, program);
     if let Some(disallowed) = checked.failure() {
         return Err(Failure::Disallowed(Box::new(disallowed.clone())));
+    }
+    if checked.gave_up() {
+        let ran = Ran::of(program, &trace, &checked.into_inner());
+        return Ok(Ran { given_up: 1, ..ran });
     }
     if let Some((at, is, ought)) = layout::visible_pages(&program.setup)
         .into_iter()

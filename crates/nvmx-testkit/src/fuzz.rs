@@ -36,6 +36,7 @@ impl Case {
             wild: rng.one_in(4),
             ve: false,
             without_ept: rng.one_in(2),
+            rarer: rng.one_in(3),
             invalidation,
         };
         let retention = match rng.below(8) {
@@ -81,9 +82,10 @@ impl fmt::Display for Sum {
         let Self { programs, ran, time } = self;
         write!(
             f,
-            "{programs} programs ({} not exact), {} steps, {} L2 operations, {} L2 memory operations \
+            "{programs} programs ({} not exact, {} given up), {} steps, {} L2 operations, {} L2 memory operations \
              ({} a minute), {} exits to L0 in {:.0} s",
             ran.inexact,
+            ran.given_up,
             ran.steps,
             ran.guest_operations,
             ran.guest_accesses,

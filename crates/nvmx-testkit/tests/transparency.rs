@@ -89,6 +89,15 @@ fn a_careless_l1_sees_what_some_processor_does() {
 }
 
 #[test]
+fn registers_events_and_instructions_are_those_of_the_bare_machine() {
+    for invalidation in EXACT {
+        let profile =
+            Profile { invalidation, processors: 2, rarer: true, steps: 120, ..Profile::default() };
+        hold(cases(5000..5400, profile, NestConfig::random));
+    }
+}
+
+#[test]
 fn the_cases_of_the_fuzzer() {
     hold((0..1500).map(Case::of_seed));
 }

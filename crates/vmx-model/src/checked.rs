@@ -349,6 +349,10 @@ const AHEAD: [u64; 4] = [1 << 8, 1 << 9, 3 << 8, 1 << 5];
 /// Executions that are tried of one operation, at most.
 const EXECUTIONS: usize = 4_000;
 
+/// Executions and walks that are tried of one program, at most. Few programs need a hundredth; some
+/// would need millions of times as many.
+const TRIALS: u64 = 400_000;
+
 impl<P: Platform> Checked<P> {
     /// Watches a platform that has memory of `pages` pages of zeros, and processors with these
     /// abilities and registers.
@@ -380,6 +384,11 @@ impl<P: Platform> Checked<P> {
         })
     }
 
+    /// Whether there was too much to try: what came after that has not been judged.
+    pub fn gave_up(&self) -> bool {
+        self.memory.trials() > TRIALS
+    }
+
     /// The platform.
     pub fn into_inner(self) -> P {
         self.inner
@@ -402,9 +411,13 @@ impl<P: Platform> Checked<P> {
         let hides = matches!(outcome, Outcome::Exit(_) | Outcome::Stopped);
         for state in &self.states[number] {
             let mut plan = Some(Vec::new());
+            if self.gave_up() {
+                return;
+            }
             let mut executions = 0;
             while let Some(planned) = plan
                 && executions < EXECUTIONS
+                && self.memory.trials() <= TRIALS
             {
                 executions += 1;
                 let mut processor = state.clone();
@@ -448,6 +461,9 @@ impl<P: Platform> Checked<P> {
                 // What is known prunes choices: plans made with less mean something else.
                 plan = if grown { Some(Vec::new()) } else { chooser.next_plan() };
             }
+        }
+        if self.gave_up() {
+            return;
         }
         self.fits(&known, &mut candidates, &mut word);
         let Some((_, changed)) = candidates.first() else {
@@ -524,7 +540,7 @@ fn is_same(operation: &Operation, ours: Outcome, theirs: Outcome) -> bool {
 impl<P: Platform> Platform for Checked<P> {
     fn execute(&mut self, processor: usize, operation: &Operation) -> Outcome {
         let outcome = self.inner.execute(processor, operation);
-        if self.failure.is_none() {
+        if self.failure.is_none() && !self.gave_up() {
             self.follow(processor, operation, outcome);
         }
         outcome

@@ -5,6 +5,7 @@
 //! and processors. Most programs are *tame*: what they do is what a hypervisor might. A *wild* one
 //! puts random values where an L1 could. A program follows from its seed alone.
 
+mod rarer;
 mod stories;
 
 use vmx_defs::Field;
@@ -29,6 +30,8 @@ pub struct Profile {
     pub ve: bool,
     /// Guests without EPT, too.
     pub without_ept: bool,
+    /// What has little to do with translation, too: other registers and instructions, MSR areas.
+    pub rarer: bool,
     /// What follows an edit of a table.
     pub invalidation: Invalidation,
 }
@@ -55,6 +58,7 @@ impl Default for Profile {
             wild: false,
             ve: true,
             without_ept: true,
+            rarer: false,
             invalidation: Invalidation::Careless,
         }
     }
@@ -146,6 +150,9 @@ impl Generator<'_> {
 
     /// A few steps that belong together.
     fn group(&mut self, processor: usize) {
+        if self.profile.rarer && self.rng.one_in(5) {
+            return self.rarer(processor);
+        }
         match self.rng.below(21) {
             0..=8 => {
                 for _ in 0..1 + self.rng.below(4) {
@@ -428,7 +435,10 @@ impl Generator<'_> {
                 }
             },
             // Without a VPID, VM entry and exit forget what root operation has cached, too.
-            Changed::L1(_) if self.vm(processor).vpid == 0 && self.rng.one_in(2) => {
+            // An entry has to succeed for that.
+            Changed::L1(_)
+                if self.vm(processor).vpid == 0 && !self.profile.rarer && self.rng.one_in(2) =>
+            {
                 self.push(processor, Action::Enter);
                 self.push(processor, Action::Leave);
             }

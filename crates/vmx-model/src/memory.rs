@@ -22,6 +22,8 @@ struct Record {
     journal: Vec<(usize, u64)>,
     /// For each word, its old values with the time until which each stood.
     history: FxHashMap<usize, Vec<(u64, u64)>>,
+    /// How often writes were taken back: a measure of the work done.
+    trials: u64,
 }
 
 impl Memory {
@@ -119,12 +121,18 @@ impl Memory {
     pub(crate) fn take_back(&mut self) -> FxHashMap<usize, u64> {
         let mut changed = FxHashMap::default();
         let Some(record) = &mut self.record else { return changed };
+        record.trials += 1;
         for (index, old) in record.journal.drain(..).rev() {
             changed.entry(index).or_insert(self.words[index]);
             self.words[index] = old;
         }
         changed.retain(|index, new| self.words[*index] != *new);
         changed
+    }
+
+    /// How often writes have been taken back.
+    pub(crate) fn trials(&self) -> u64 {
+        self.record.as_ref().map_or(0, |record| record.trials)
     }
 
     /// How much has been written, for [`Self::take_back_to`].
