@@ -28,6 +28,11 @@ const DATA: u64 = 300;
 const DATA_PAGES: u64 = 8;
 /// Among them, two that L0 hides.
 const HIDDEN: [u64; 2] = [DATA + 6, 517];
+/// Tables of L1 that never change: the way to the paging structures of a guest that pages, in the
+/// second entry of each root; and these structures, which map 512 GBytes one to one.
+const FIXED: u64 = 280;
+/// Where such a guest has them.
+const GUEST_CR3: u64 = 1 << 39;
 /// EPTPs that L1 uses: roots at two tables, in all variants.
 const EPTPS: u64 = 6;
 
@@ -81,10 +86,18 @@ fn entry(rng: &mut Rng, page: u64) -> u64 {
     rights | flags | target | ignored
 }
 
-fn address(rng: &mut Rng) -> u64 {
+/// Whether an entry is not the one that leads to the guest's paging structures.
+fn is_free(table: u64, index: u64) -> bool {
+    level(table) != 4 || index != 1
+}
+
+/// An address of the guest, the same to it as a linear and as a physical one. It is never that of a
+/// root's second entry.
+fn address(rng: &mut Rng, paged: bool) -> u64 {
+    let pointer = if paged { rng.pick(&INDEXES) } else { rng.below(4) };
     let directory = rng.pick(&[0, 0, 1, 256]);
     let page = rng.pick(&[256, 257, 258, 300]);
-    rng.below(4) << 30 | directory << 21 | page << 12 | rng.pick(&[0, 8, 0x7f8, 0xff8])
+    pointer << 30 | directory << 21 | page << 12 | rng.pick(&[0, 16, 0x7f8, 0xff8])
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,6 +128,8 @@ struct Scene<'a> {
     since: BTreeMap<(usize, u64), u64>,
     /// Whether some processor may have something stale cached.
     stale: bool,
+    /// The guests page, and so can reach more than 4 GBytes.
+    paged: bool,
     counts: Counts,
 }
 
@@ -174,10 +189,35 @@ impl Scene<'_> {
         self.check_shadow();
     }
 
+    /// Fills the tables that never change. Their flags are set already.
+    fn fix(&mut self) {
+        const FLAGS: u64 = 3 << 8;
+        const LEAF: u64 = 7 | 6 << 3 | FLAGS;
+        let mut poke = |page: u64, index: u64, value| {
+            self.session.platform().poke(L1Gpa::new(page << 12 | index << 3), value);
+        };
+        for root in [TABLES, TABLES + 1] {
+            poke(root, 1, FIXED << 12 | 7 | FLAGS);
+        }
+        poke(FIXED, 0, (FIXED + 1) << 12 | 7 | FLAGS);
+        poke(FIXED + 1, 0, (FIXED + 2) << 12 | 7 | FLAGS);
+        poke(FIXED + 2, 0, (FIXED + 3) << 12 | LEAF);
+        poke(FIXED + 2, 1, (FIXED + 4) << 12 | LEAF);
+        // Present, writable, accessed, dirty; pages of 1 GByte.
+        poke(FIXED + 3, 0, GUEST_CR3 | 1 << 12 | 0x63);
+        for index in 0..512 {
+            poke(FIXED + 4, index, index << 30 | 0xe3);
+        }
+    }
+
     /// L1 changes an entry, on whatever processor.
     fn edit(&mut self) {
         let table = TABLES + self.rng.below(TABLE_PAGES);
-        let at = L1Gpa::new(table << 12 | self.rng.pick(&INDEXES) << 3);
+        let index = self.rng.pick(&INDEXES);
+        if !is_free(table, index) {
+            return;
+        }
+        let at = L1Gpa::new(table << 12 | index << 3);
         let value = entry(&mut self.rng, table);
         self.nest().poke(at, value);
         self.stale = true;
@@ -253,7 +293,7 @@ impl Scene<'_> {
     }
 
     fn access(&mut self, processor: usize) {
-        let gpa = address(&mut self.rng);
+        let gpa = address(&mut self.rng, self.paged);
         let kind = match self.rng.below(4) {
             0 => Kind::Write(if self.rng.one_in(2) {
                 entry(&mut self.rng, TABLES + 4)
@@ -402,8 +442,9 @@ fn run(seed: u64, config: &NestConfig, processors: usize, steps: usize) -> Count
         _ => Retention::Random(seed),
     };
     let caps = caps::bare_caps(&config.hardware);
+    let paged = rng.one_in(2);
     let vm = VmSetup {
-        mode: GuestMode::Unpaged,
+        mode: if paged { GuestMode::Long } else { GuestMode::Unpaged },
         vpid: rng.below(2) as u16,
         exceptions: 1 << vector::GP,
         ..VmSetup::default()
@@ -419,10 +460,12 @@ fn run(seed: u64, config: &NestConfig, processors: usize, steps: usize) -> Count
         eptps: vec![eptp(0); processors],
         since: BTreeMap::new(),
         stale: true,
+        paged,
         counts: Counts::default(),
     };
+    scene.fix();
     for number in DATA..DATA + DATA_PAGES {
-        for offset in [0, 8, 0x7f8, 0xff8] {
+        for offset in [0, 16, 0x7f8, 0xff8] {
             let at = number << 12 | offset;
             scene.nest().poke(L1Gpa::new(at), layout::mark(at));
         }
@@ -435,7 +478,7 @@ fn run(seed: u64, config: &NestConfig, processors: usize, steps: usize) -> Count
         .flat_map(|table| (0..512).map(move |number| table << 12 | number << 3))
         .collect();
     for table in TABLES..TABLES + TABLE_PAGES {
-        for number in INDEXES {
+        for number in INDEXES.into_iter().filter(|number| is_free(table, *number)) {
             let value = entry(&mut scene.rng, table);
             scene.nest().poke(L1Gpa::new(table << 12 | number << 3), value);
         }
@@ -446,6 +489,9 @@ fn run(seed: u64, config: &NestConfig, processors: usize, steps: usize) -> Count
     }
     for processor in 0..processors {
         scene.act(processor, Action::SetField(Field::EPT_POINTER, eptp(0).into_bits()));
+        if paged {
+            scene.act(processor, Action::SetField(Field::GUEST_CR3, GUEST_CR3));
+        }
     }
     for _ in 0..steps {
         scene.step();
