@@ -14,7 +14,9 @@ use vmx_defs::ept::Eptp;
 use vmx_defs::{Field, L1Gpa, L2Gpa};
 use vmx_model::program::{GuestMode, Setup, VmSetup};
 use vmx_model::retention::Rng;
-use vmx_model::{Action, Operation, Outcome, Platform, Retention, Session, Step, layout};
+use vmx_model::{
+    Action, ModelCaps, Operation, Outcome, Platform, Retention, Session, Step, layout,
+};
 
 /// L1's tables: as many of each level, from this page on.
 const TABLES: u64 = 256;
@@ -67,9 +69,14 @@ struct Flood<'a> {
 }
 
 impl<'a> Flood<'a> {
-    fn new(nest: &'a mut Nest, config: &'a NestConfig, seed: u64, processors: usize) -> Self {
-        let caps = Box::leak(Box::new(caps::bare_caps(&config.hardware)));
-        let rules = Rules::from(&*caps);
+    fn new(
+        nest: &'a mut Nest,
+        config: &'a NestConfig,
+        caps: &'a ModelCaps,
+        seed: u64,
+        processors: usize,
+    ) -> Self {
+        let rules = Rules::from(caps);
         let vm = VmSetup { mode: GuestMode::Unpaged, vpid: 1, ..VmSetup::default() };
         let setup = Setup { processors, vms: [vm.clone(), vm], ..Setup::default() };
         let mut flood = Self {
@@ -253,7 +260,8 @@ fn flood(seed: u64, processors: usize) -> (u64, usize) {
     };
     let retention = rng.pick(&[Retention::Nothing, Retention::Everything, Retention::Random(seed)]);
     let mut nest = Nest::new(&config, retention, processors);
-    let mut flood = Flood::new(&mut nest, &config, seed, processors);
+    let caps = caps::bare_caps(&config.hardware);
+    let mut flood = Flood::new(&mut nest, &config, &caps, seed, processors);
     for _ in 0..60 {
         flood.step();
     }
@@ -291,7 +299,8 @@ fn a_hot_root_survives_a_flood() {
     seeds::each("hot root", 40, |seed| {
         let config = NestConfig { frames: 64, roots: 2 + seed as u32 % 4, ..NestConfig::default() };
         let mut nest = Nest::new(&config, Retention::Nothing, 1);
-        let mut flood = Flood::new(&mut nest, &config, seed, 1);
+        let caps = caps::bare_caps(&config.hardware);
+        let mut flood = Flood::new(&mut nest, &config, &caps, seed, 1);
         let hot = eptp(TABLES, 0);
         let addresses: Vec<u64> = (0..3).map(|number| number << 12).collect();
         flood.act(0, Action::Enter);
@@ -330,7 +339,8 @@ fn nothing_is_left_of_roots_that_are_thrown_away() {
     seeds::each("reload", 40, |seed| {
         let config = NestConfig { frames: 64, vmfunc: VmfuncMode::Reload, ..NestConfig::default() };
         let mut nest = Nest::new(&config, Retention::Everything, 1);
-        let mut flood = Flood::new(&mut nest, &config, seed, 1);
+        let caps = caps::bare_caps(&config.hardware);
+        let mut flood = Flood::new(&mut nest, &config, &caps, seed, 1);
         for number in 0..40 {
             let eptp = any_eptp(&mut flood.rng);
             flood.switch(0, number, eptp);
