@@ -6,6 +6,7 @@
 
 mod stage;
 
+use nvmx_testkit::{Leaves, NestConfig};
 use stage::*;
 use vmx_defs::msr::EptVpidCap;
 use vmx_defs::{ExitReason, Field};
@@ -29,11 +30,15 @@ fn guests() -> impl Iterator<Item = Setup> {
     })
 }
 
-/// Runs a case under each policy, for each guest.
+/// Runs a case under each policy, for each guest, on a host that maps L1 by one large page and on one
+/// that has its pages all over the place.
 fn everywhere(case: impl Fn(&mut L1<'_>, &Setup)) {
-    for retention in POLICIES {
-        for setup in guests() {
-            on(retention, &setup, |l1| case(l1, &setup));
+    for leaves in [Leaves::Huge, Leaves::Scattered(1)] {
+        let host = NestConfig { leaves, ..NestConfig::default() };
+        for retention in POLICIES {
+            for setup in guests() {
+                on_host(&host, retention, &setup, |l1| case(l1, &setup));
+            }
         }
     }
 }
