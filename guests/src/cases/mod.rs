@@ -48,6 +48,7 @@ pub const ALL: &[&[Case]] = &[
     ept::AD,
     ept::WALK,
     ept::TABLES,
+    ept::TYPES,
     ept::RANDOM,
     ept::MANY,
     seed::S1,

@@ -12,6 +12,7 @@ mod neighbours;
 mod permissions;
 mod random;
 mod tables;
+pub mod types;
 mod walk;
 
 use vmx_defs::{ExitReason, L2Gpa, msr::EptVpidCap};
@@ -47,6 +48,8 @@ pub const AD: &[Case] = ad::CASES;
 pub const MANY: &[Case] = many::CASES;
 /// L2's tables on each level, and accesses that lie in two pages.
 pub const TABLES: &[Case] = tables::CASES;
+/// Memory types of L1's that change below L2.
+pub const TYPES: &[Case] = types::CASES;
 /// Tables that change at random.
 pub const RANDOM: &[Case] = random::CASES;
 /// Accesses to L2's paging structures.

@@ -8,7 +8,10 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use crate::{
-    cases::ept::many::{Crowd, Tables},
+    cases::ept::{
+        many::{Crowd, Tables},
+        types::Range,
+    },
     vmx::{Mode, Vm, ept::DIRTY, vmcs},
 };
 
@@ -19,6 +22,7 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "smp.shared.vpid_number", run: vpid_number },
     Case { name: "smp.flags.updates_not_lost.4k", run: |ctx| updates(ctx, false) },
     Case { name: "smp.flags.updates_not_lost.2m", run: |ctx| updates(ctx, true) },
+    Case { name: "smp.memory_types", run: memory_types },
     Case { name: "smp.reclaim.roots", run: reclaim_roots },
     Case { name: "smp.reclaim.tables", run: reclaim_tables },
 ];
@@ -169,6 +173,37 @@ fn updates(ctx: &mut Ctx<'_>, large: bool) -> Verdict {
         }
         Ok(())
     })
+}
+
+/// L1 changes its MTRRs on one processor while another one's L2 runs on memory that this concerns, and
+/// changes L2's EPT in between.
+fn memory_types(ctx: &mut Ctx<'_>) -> Verdict {
+    let range = Range::free()?;
+    let (vmx, other) = machine(ctx)?;
+    need(&vmx, EptVpidCap::PAGE_2M)?;
+    let orders = Orders::default();
+    let mut runner = Runner::new(ctx, &vmx, &orders, Program::Watch)?;
+    let turns = Turns::new(ctx, &runner, Place::Large);
+    let eptp = runner.vm.ept.eptp(false);
+    runner.invalidate = Invalidate::Ept(1, eptp);
+    runner.ready()?;
+    let result = beside(other, &mut runner, |remote| {
+        remote.went_round()?;
+        for round in 1..=ROUNDS / 4 {
+            let page = turns.pages[round as usize % 2].address();
+            match round % 3 {
+                0 => range.clear(),
+                _ => range.set(page + (round & 1) * 0x1000, 0x1000),
+            }
+            turns.turn(round);
+            remote.shoot_down(round)?;
+            turns.take_away(round);
+            remote.went_round()?;
+        }
+        Ok(())
+    });
+    range.clear();
+    result
 }
 
 /// One processor's L2 switches among views while another one's goes through more roots than an L0
