@@ -24,7 +24,8 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "smp.flags.updates_not_lost.2m", run: |ctx| updates(ctx, true) },
     Case { name: "smp.memory_types", run: memory_types },
     Case { name: "smp.reclaim.roots", run: reclaim_roots },
-    Case { name: "smp.reclaim.tables", run: reclaim_tables },
+    Case { name: "smp.reclaim.tables", run: |ctx| reclaim_tables(ctx, 20_000) },
+    Case { name: "smp.reclaim.tables.without_interrupts", run: |ctx| reclaim_tables(ctx, 0) },
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -152,8 +153,8 @@ fn updates(ctx: &mut Ctx<'_>, large: bool) -> Verdict {
             let mut tries = 0_u32;
             let mut after = 0;
             while after < 8 {
-                // Now and then, as software would.
-                for _ in 0..50 {
+                // Now and then, as software would: who sets flags by software has to find the time.
+                for _ in 0..500 {
                     core::hint::spin_loop();
                 }
                 counted += 1;
@@ -227,14 +228,14 @@ fn reclaim_roots(ctx: &mut Ctx<'_>) -> Verdict {
     })
 }
 
-/// The same with more tables than an L0 may want to keep. The other one's L1 gets interrupts
-/// of its timer now and then, as it does on any machine.
-fn reclaim_tables(ctx: &mut Ctx<'_>) -> Verdict {
+/// The same with more tables than an L0 may want to keep. The other one's L1 gets interrupts of its
+/// timer each so many ticks, if not 0; else its L2 never exits.
+fn reclaim_tables(ctx: &mut Ctx<'_>, ticks: u32) -> Verdict {
     let (vmx, other) = machine(ctx)?;
     let orders = Orders::default();
     let mut runner = Runner::new(ctx, &vmx, &orders, Program::Watch)?;
     let turns = Turns::new(ctx, &runner, Place::Level(1));
-    runner.ticks = 20_000;
+    runner.ticks = ticks;
     runner.ready()?;
     let mut tables = Tables::new(ctx, &vmx)?;
     beside(other, &mut runner, |remote| {
