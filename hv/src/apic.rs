@@ -12,9 +12,9 @@ use iced_x86::{Code, Decoder, DecoderOptions, OpKind, Register};
 use nvmx::Gprs;
 use nvmx::guest_memory::{GuestMemory, GuestSpace};
 use nvmx::host::{HostResult, L1Memory, Vmx};
+use nvmx::inject;
 use nvmx::insn::{is_64_bit, register, set_register};
-use nvmx::paging::{Access, Paging, RFLAGS_RF};
-use vmx_defs::event::Interruptibility;
+use nvmx::paging::{Access, Paging};
 use vmx_defs::{Field, Gva, msr as number};
 
 use crate::host::Host;
@@ -233,7 +233,7 @@ pub(crate) fn write_page(
             LocalApic::write(page, offset, value);
         }
     }
-    complete(host, instruction.len() as u64)?;
+    inject::advance_rip_by(host, instruction.len() as u64)?;
     Ok(PageWrite::Done)
 }
 
@@ -261,17 +261,4 @@ fn fetch(host: &mut Host, space: GuestSpace) -> HostResult<Option<([u8; LONGEST]
         len += part;
     }
     Ok((len != 0).then_some((code, len)))
-}
-
-/// Ends an instruction of `len` bytes: an EPT violation reports no length.
-fn complete(host: &mut Host, len: u64) -> HostResult {
-    let rip = host.vmread(Field::GUEST_RIP)?;
-    let next = rip.wrapping_add(len);
-    let next = if is_64_bit(host)? { next } else { next & 0xFFFF_FFFF };
-    host.vmwrite(Field::GUEST_RIP, next)?;
-    let blocking = (Interruptibility::STI | Interruptibility::MOV_SS).bits();
-    let state = host.vmread(Field::GUEST_INTERRUPTIBILITY)?;
-    host.vmwrite(Field::GUEST_INTERRUPTIBILITY, state & !u64::from(blocking))?;
-    let flags = host.vmread(Field::GUEST_RFLAGS)?;
-    host.vmwrite(Field::GUEST_RFLAGS, flags & !RFLAGS_RF)
 }

@@ -330,8 +330,17 @@ const DEBUGCTL_BTF: u64 = 1 << 1;
 #[doc(alias = "skip_emulated_instruction")]
 #[inline]
 pub fn advance_rip(host: &mut impl Vmx) -> HostResult {
-    let rip = host.vmread(Field::GUEST_RIP)?;
     let length = host.vmread(Field::EXIT_INSTRUCTION_LEN)? & 0xffff_ffff;
+    advance_rip_by(host, length)
+}
+
+/// As [`advance_rip`], for exits that do not report the instruction's length, such as EPT violations.
+///
+/// # Errors
+/// [`crate::HostError`] of VMREAD or VMWRITE.
+#[inline]
+pub fn advance_rip_by(host: &mut impl Vmx, length: u64) -> HostResult {
+    let rip = host.vmread(Field::GUEST_RIP)?;
     let next = next_rip(host, rip, length)?;
     host.vmwrite(Field::GUEST_RIP, next)?;
     set_interruptibility(host, Interruptibility::STI | Interruptibility::MOV_SS, false)?;
@@ -547,7 +556,10 @@ mod tests {
             host.set(Field::GUEST_RFLAGS, 2 | RFLAGS_RF | if tf { RFLAGS_TF } else { 0 });
             host.set(Field::GUEST_DEBUGCTL, if btf { 2 } else { 0 });
             host.set(Field::GUEST_INTERRUPTIBILITY, 0xb);
-            advance_rip(&mut host).unwrap();
+            host.set(Field::GUEST_RIP, 0x1000);
+            // The length of a MOV to a register in memory, which an EPT violation does not report.
+            advance_rip_by(&mut host, 6).unwrap();
+            assert_eq!(host.field(Field::GUEST_RIP), 0x1006);
             assert_eq!(host.field(Field::GUEST_RFLAGS), 2 | if tf { RFLAGS_TF } else { 0 });
             assert_eq!(host.field(Field::GUEST_INTERRUPTIBILITY), 8);
             assert_eq!(host.field(Field::GUEST_PENDING_DEBUG), pending);
