@@ -41,6 +41,8 @@ pub(crate) struct ExitInfo {
     qualification: u64,
     interruption: IntrInfo,
     error_code: u32,
+    /// Whether IDT-vectoring information is the hardware's; else there is none.
+    in_delivery: bool,
     /// The fields that are not above come from the hardware; else they are not changed.
     from_hardware: bool,
 }
@@ -53,6 +55,7 @@ impl ExitInfo {
             qualification,
             interruption: IntrInfo::new(),
             error_code: 0,
+            in_delivery: false,
             from_hardware: false,
         }
     }
@@ -64,8 +67,16 @@ impl ExitInfo {
             qualification,
             interruption: IntrInfo::new(),
             error_code: 0,
+            in_delivery: true,
             from_hardware: true,
         }
+    }
+
+    /// A triple fault that an exception raised by L0 has brought about in L2. As for a double fault,
+    /// the event that was being delivered has led to the exit itself, which so is none during event
+    /// delivery (SDM Vol. 3C, "Information for VM Exits During Event Delivery").
+    fn triple_fault() -> Self {
+        Self { in_delivery: false, ..Self::instead(ExitReason::TRIPLE_FAULT, 0) }
     }
 
     /// An exit due to an exception that L0 raised in L2.
@@ -74,6 +85,7 @@ impl ExitInfo {
         Self {
             interruption,
             error_code: exception.error_code.unwrap_or(0),
+            in_delivery: exception.vector != vector::DF,
             ..Self::instead(ExitReason::EXCEPTION_OR_NMI, 0)
         }
     }
@@ -229,10 +241,7 @@ impl Nested {
         let vectoring = IntrInfo::from(host.vmread(Field::IDT_VECTORING_INFO)? as u32);
         let vmcs = self.vmcs12(processor).ok_or(HostError::WrongState)?;
         match inject::combine(vectoring, exception) {
-            Outcome::TripleFault => {
-                let info = ExitInfo::instead(ExitReason::TRIPLE_FAULT, 0);
-                self.reflect(processor, host, Some(info))
-            }
+            Outcome::TripleFault => self.reflect(processor, host, Some(ExitInfo::triple_fault())),
             // None of the exceptions raised is a page fault, whose bit the error code could invert.
             Outcome::Exception(exception)
                 if vmcs.get(Field::EXCEPTION_BITMAP) >> (exception.vector & 31) & 1 != 0 =>
@@ -385,6 +394,9 @@ impl Nested {
             vmcs.set(Field::EXIT_INTR_INFO, u32::from(info.interruption).into());
             if info.interruption.has_error_code() {
                 vmcs.set(Field::EXIT_INTR_ERROR, info.error_code.into());
+            }
+            if !info.in_delivery {
+                vmcs.set(Field::IDT_VECTORING_INFO, 0);
             }
         }
         // An event is injected once (SDM Vol. 3C, "Recording VM-Exit Information and Updating

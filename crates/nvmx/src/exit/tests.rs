@@ -580,13 +580,19 @@ fn a_write_to_what_l0_hides_is_gp_in_l2() {
     let gp = IntrInfo::exception(vector::GP, true);
     let (rig, end) = run(1 << vector::GP, gp.into());
     assert_eq!((end, injected(&rig)), (End::Entered, Some(IntrInfo::exception(vector::DF, true))));
+    // An exit due to #DF or a triple fault is none during event delivery; one due to another is.
     let (mut rig, end) = run(1 << vector::DF, gp.into());
     assert_eq!(end, End::Exited);
-    assert_eq!(rig.vmread(0, Field::IDT_VECTORING_INFO), u32::from(gp).into());
+    assert_eq!(rig.vmread(0, Field::IDT_VECTORING_INFO), 0);
+    let interrupt = IntrInfo::new().with_vector(0x30).with_valid(true);
+    let (mut rig, end) = run(1 << vector::GP, interrupt.into());
+    assert_eq!(end, End::Exited);
+    assert_eq!(rig.vmread(0, Field::IDT_VECTORING_INFO), u32::from(interrupt).into());
     // During that of #DF: a triple fault, which L1 always gets.
     let (mut rig, end) = run(0, IntrInfo::exception(vector::DF, true).into());
     assert_eq!(end, End::Exited);
     assert_eq!(rig.vmread(0, Field::EXIT_REASON), ExitReason::TRIPLE_FAULT.bits().into());
+    assert_eq!(rig.vmread(0, Field::IDT_VECTORING_INFO), 0);
 }
 
 #[test]
