@@ -43,8 +43,14 @@ l2_code! {
     sweep:
         "4: mov rdi, rbx", "mov rcx, r9", "2: mov rax, [rdi]", "add rdi, 0x1000", "dec rcx",
         "jnz 2b", "inc qword ptr [rsi]", "jmp 4b";
-    /// The same with a VMFUNC to view 0, 1, ... R9 - 1 before each read at RBX, which must be R10 plus
-    /// the view's number.
+    /// Reads one page after the other from RBX on, R9 of them, again and again, each of which must not
+    /// be less than the number of its own at RSI + 8, read before; counts turns at RSI.
+    scan:
+        "4: xor ecx, ecx", "mov rdi, rbx", "2: mov rdx, [rsi + rcx * 8 + 8]", "mov rax, [rdi]",
+        "cmp rax, rdx", "jb 3f", "add rdi, 0x1000", "inc ecx", "cmp rcx, r9", "jb 2b",
+        "inc qword ptr [rsi]", "jmp 4b", "3:";
+    /// Switches to view 0, 1, ... R9 - 1 by VMFUNC and reads at RBX each time what must be R10 plus the
+    /// view's number; counts turns at RSI.
     rotate:
         "4: xor ecx, ecx", "2: xor eax, eax", "vmfunc", "mov rax, [rbx]", "sub rax, r10",
         "cmp rax, rcx", "jne 3f", "inc ecx", "cmp rcx, r9", "jb 2b", "inc qword ptr [rsi]",
@@ -62,6 +68,8 @@ pub(super) enum Program {
     Fill,
     /// Reads many pages.
     Sweep,
+    /// Reads many pages and compares.
+    Scan,
     /// Switches through many views.
     Rotate,
 }
@@ -73,6 +81,7 @@ impl Program {
             Self::WatchViews => watch_views(),
             Self::Fill => fill(),
             Self::Sweep => sweep(),
+            Self::Scan => scan(),
             Self::Rotate => rotate(),
         }
     }

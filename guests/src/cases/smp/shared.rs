@@ -19,6 +19,8 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "smp.shared.eptp", run: |ctx| both(ctx, Sharing::Eptp) },
     Case { name: "smp.shared.tables", run: |ctx| both(ctx, Sharing::Tables) },
     Case { name: "smp.shared.tables.one_flagged", run: |ctx| both(ctx, Sharing::TablesOneFlagged) },
+    Case { name: "smp.shared.many_pages", run: |ctx| many_pages(ctx, false) },
+    Case { name: "smp.shared.many_pages.accessed_dirty", run: |ctx| many_pages(ctx, true) },
     Case { name: "smp.shared.vpid_number", run: vpid_number },
     Case { name: "smp.flags.updates_not_lost.4k", run: |ctx| updates(ctx, false) },
     Case { name: "smp.flags.updates_not_lost.2m", run: |ctx| updates(ctx, true) },
@@ -87,6 +89,91 @@ fn both(ctx: &mut Ctx<'_>, sharing: Sharing) -> Verdict {
             let flags = turns.slot.get() & (ACCESSED | DIRTY);
             let expected = if flagged { ACCESSED } else { 0 };
             ensure_eq!(flags, expected, "flags in round {round}");
+        }
+        Ok(())
+    })
+}
+
+/// Entries of a table that L2s on both processors use change, any of them, a few at a time; each page
+/// tells how new it is, and L2 looks at all of them all the time.
+fn many_pages(ctx: &mut Ctx<'_>, ad: bool) -> Verdict {
+    const PAGES: usize = 128;
+    let (vmx, other) = machine(ctx)?;
+    need(&vmx, if ad { EptVpidCap::ACCESSED_DIRTY } else { EptVpidCap::INVEPT })?;
+    let orders = Orders::default();
+    let mut runner = Runner::new(ctx, &vmx, &orders, Program::Scan)?;
+    let table = runner.vm.ept.slot(ctx.arena, L2Gpa::new(WINDOW), 1).table;
+    // Two pages for each entry take turns.
+    let pages = [(); 2].map(|()| {
+        let list = ctx.arena.page();
+        for number in 0..PAGES {
+            list.write(number, ctx.arena.page().address());
+        }
+        list
+    });
+    for number in 0..PAGES {
+        table.write(number, pages[0].read(number) | LEAF);
+    }
+    let eptp = runner.vm.ept.eptp(ad);
+    vmcs::write(Field::EPT_POINTER, eptp);
+    runner.invalidate = Invalidate::Ept(1, eptp);
+    runner.vm.registers.r8[1] = PAGES as u64;
+    let board = runner.board;
+    runner.ready()?;
+
+    let mut own = Vm::new(ctx, &vmx, Mode::Long)?;
+    own.ept.root = ctx.arena.page();
+    own.ept.root.write(0, runner.vm.ept.root.read(0));
+    let own_eptp = own.ept.eptp(false);
+    vmcs::write(Field::EPT_POINTER, own_eptp);
+    let mut shown = [0_usize; PAGES];
+    let mut age = [0_u64; PAGES];
+    let mut seed = 7_u64;
+    let mut any = |limit: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 40) as usize % limit
+    };
+    beside(other, &mut runner, |remote| {
+        remote.went_round()?;
+        for round in 1..=ROUNDS / 2 {
+            let mut changed: arrayvec::ArrayVec<usize, 16> = arrayvec::ArrayVec::new();
+            for _ in 0..[1, 2, 5, 16][round as usize % 4] {
+                let number = any(PAGES);
+                if !changed.contains(&number) {
+                    changed.push(number);
+                }
+            }
+            for &number in &changed {
+                shown[number] ^= 1;
+                let page = pages[shown[number]].read(number);
+                Page::at(page).write(0, round);
+                table.write(number, page | LEAF);
+            }
+            let first = round % 2 == 0;
+            if first {
+                remote.shoot_down(round)?;
+            }
+            ensure!(Invalidate::Ept(1, own_eptp).execute(), "INVEPT on the first processor");
+            for &number in &changed {
+                age[number] = round;
+            }
+            for number in (0..4).map(|_| any(PAGES)).chain(changed.iter().copied()) {
+                let read = own.load(WINDOW + number as u64 * 0x1000)?;
+                ensure_eq!(read, age[number], "what L2 reads here in page {number}");
+            }
+            if !first {
+                remote.shoot_down(round)?;
+            }
+            // From now on nobody may see the old ones, which are less than anything.
+            for &number in &changed {
+                board.write(number + 1, round);
+                Page::at(pages[shown[number] ^ 1].read(number)).write(0, 0);
+            }
+            remote.went_round()?;
+            if ad {
+                let marked = (0..PAGES).all(|number| table.read(number) & ACCESSED != 0);
+                ensure!(marked, "accessed flags in round {round}");
+            }
         }
         Ok(())
     })
