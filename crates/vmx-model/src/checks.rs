@@ -93,7 +93,7 @@ pub(crate) fn controls(s: &Subject<'_>) -> Result<(), Requirement> {
 
     let ept = vmcs.eptp();
     if let Some(eptp) = ept {
-        must(eptp.is_valid(caps.ept_vpid, caps.physical_width), "EPT pointer")?;
+        must(caps.accepts_eptp(eptp.into_bits()), "EPT pointer")?;
     }
     let unrestricted = proc2.contains(ProcCtls2::UNRESTRICTED_GUEST);
     must(!unrestricted || ept.is_some(), "unrestricted guest needs EPT")?;

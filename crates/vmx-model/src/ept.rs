@@ -4,11 +4,12 @@
 //! guest-physical mappings that are cached, with accessed and dirty flags. Memory types are judged
 //! (a reserved one is a misconfiguration) and have no other effect.
 
-use vmx_defs::ept::{EptEntry, EptEntryClass, EptPermissions, EptViolation, Eptp};
+use vmx_defs::ept::{EptEntry, EptPermissions, EptViolation, Eptp};
 use vmx_defs::{Gva, Hpa};
 
 use crate::addr::Gpa;
 use crate::caches::{EptPage, GuestStructure, GuestTranslation};
+use crate::ept_format::EntryFormat;
 use crate::memory::Memory;
 use crate::processor::Processor;
 use crate::stop::{Flow, Stop, Violation};
@@ -136,12 +137,12 @@ impl Processor {
             let entry = self.ept_entry(memory, at, flags, since);
             let stale = entry.into_bits() != memory.read_u64(at);
             let level = (shift - 12) / 9 + 1;
-            match entry.classify(level, self.caps.ept_vpid, self.caps.physical_width) {
-                EptEntryClass::Misconfigured => {
+            match self.caps.ept_entry_format(entry.into_bits(), level) {
+                EntryFormat::Misconfigured => {
                     self.refuse_choice(stale);
                     return Err(Failure::Misconfiguration);
                 }
-                EptEntryClass::NotPresent => {
+                EntryFormat::NotPresent => {
                     self.refuse_choice(stale);
                     let suppress_ve = entry.suppress_ve();
                     return Err(Failure::Violation { rights: none, suppress_ve });
@@ -149,11 +150,11 @@ impl Processor {
                 class => {
                     rights &= entry.permissions();
                     // A mapping that is cached is walked again for its dirty flag.
-                    let page = class == EptEntryClass::Page;
+                    let page = class == EntryFormat::Page;
                     self.refuse_choice(stale && page && flags && write && !entry.dirty());
                     used[count] = (at, entry);
                     count += 1;
-                    if class == EptEntryClass::Page {
+                    if class == EntryFormat::Page {
                         break GuestTranslation {
                             page: Hpa::new(entry.address() & !((1 << shift) - 1)),
                             shift,

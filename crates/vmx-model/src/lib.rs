@@ -17,6 +17,7 @@ pub mod checked;
 mod checks;
 mod entry;
 mod ept;
+mod ept_format;
 mod events;
 mod exit;
 pub mod generate;

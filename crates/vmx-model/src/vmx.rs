@@ -188,11 +188,10 @@ impl Processor {
             return Err(invalid.into());
         }
         if kind == SINGLE {
-            let eptp = Eptp::from(eptp);
-            if !eptp.is_valid(self.caps.ept_vpid, self.caps.physical_width) {
+            if !self.caps.accepts_eptp(eptp) {
                 return Err(invalid.into());
             }
-            self.caches.invept_single(eptp.table());
+            self.caches.invept_single(Eptp::from(eptp).table());
         } else {
             self.caches.invept_all();
         }
@@ -444,7 +443,7 @@ impl Processor {
         }
         let list = vmcs.get(Field::EPTP_LIST_ADDRESS);
         let entry = memory.read_u64(Hpa::new(list + u64::from(ecx) * 8));
-        if !Eptp::from(entry).is_valid(self.caps.ept_vpid, self.caps.physical_width) {
+        if !self.caps.accepts_eptp(entry) {
             return refused;
         }
         let vpid = vmcs.proc2().contains(ProcCtls2::VPID);
