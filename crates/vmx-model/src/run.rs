@@ -6,6 +6,7 @@
 //! [`Trace`].
 
 use vmx_defs::event::{IntrInfo, kind, vector};
+use vmx_defs::field::{FIELDS, Kind};
 use vmx_defs::{ExitReason, Field, L1Gpa};
 
 use crate::caps::ModelCaps;
@@ -97,6 +98,8 @@ pub struct Session<'a, P> {
     setup: Setup,
     places: Vec<Place>,
     step: Option<usize>,
+    /// How many fields of [`FIELDS`] have been looked at as the rest of a VMCS.
+    turn: usize,
     trace: Trace,
 }
 
@@ -122,6 +125,7 @@ impl<'a, P: Platform> Session<'a, P> {
             setup: setup.clone(),
             places: vec![Place::default(); setup.processors],
             step: None,
+            turn: 0,
             trace: Trace::default(),
         };
         for processor in 0..setup.processors {
@@ -354,6 +358,14 @@ impl<P: Platform> Session<'_, P> {
             fields.push((field, value));
             self.dependent(processor, field, value, &mut fields);
         }
+        for _ in 0..REST {
+            let (field, _) = FIELDS[self.turn % FIELDS.len()];
+            self.turn += 1;
+            let is_kept = field.kind() != Kind::ReadOnly && !STATE.contains(&field);
+            if is_kept && self.caps.supports(field) {
+                fields.push((field, self.read_field(processor, field)));
+            }
+        }
         self.trace.seen.push(Seen::Exit { processor, fields });
         if is_instruction(reason) {
             let length = self.read_field(processor, Field::EXIT_INSTRUCTION_LEN);
@@ -423,6 +435,10 @@ const STATE: [Field; 18] = [
     Field::GUEST_PDPTE1,
     Field::IDT_VECTORING_INFO,
 ];
+
+/// So many of the other fields of the VMCS does L1 look at after an exit, in turn: what no exit
+/// changes has to be there still, and the rest of the guest's state be saved.
+const REST: usize = 5;
 
 /// Whether the exit, of which these fields have been read, is due to a double fault.
 fn is_double_fault(fields: &[(Field, u64)]) -> bool {
