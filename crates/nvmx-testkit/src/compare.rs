@@ -119,7 +119,16 @@ impl Case {
     }
 
     fn report(&self, program: &Program, failure: Failure) -> Report {
-        let program = shrink(program, |candidate| self.try_program(candidate).is_err());
+        // Without an invalidation that was there for a reason, a program is another one: where the
+        // allowed answers can tell, they do.
+        let disallowed = |candidate: &Program| {
+            catch(|| allowed(candidate, self.retention, &self.config))
+                .map_or(true, |ran| ran.is_err())
+        };
+        let can_tell = disallowed(program);
+        let program = shrink(program, |candidate| {
+            self.try_program(candidate).is_err() && (!can_tell || disallowed(candidate))
+        });
         let failure = self.try_program(&program).err().unwrap_or(failure);
         Report { case: self.clone(), program, failure }
     }

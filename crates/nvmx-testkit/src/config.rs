@@ -3,7 +3,8 @@
 use std::fmt;
 
 use nvmx::VmfuncMode;
-use vmx_defs::L1Gpa;
+use vmx_defs::msr::EptVpidCap;
+use vmx_defs::{L1Gpa, ProcCtls2, VmFuncCtls};
 use vmx_model::ModelCaps;
 use vmx_model::retention::Rng;
 
@@ -68,6 +69,21 @@ impl NestConfig {
         Self { frames: 16, roots: 1, vmcs_cache: 1, ..Self::default() }
     }
 
+    /// A random host on a random processor: one that lacks, or has, what others do not.
+    pub fn varied(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x9406_C352);
+        Self { hardware: processor(&mut rng), ..Self::random(seed) }
+    }
+
+    /// The same host on a processor that knows every operand of INVEPT and INVVPID which an L1 may use
+    /// that invalidates just enough.
+    pub fn invalidating(mut self) -> Self {
+        self.hardware.ept_vpid |= EptVpidCap::ACCESSED_DIRTY
+            | EptVpidCap::INVVPID_ADDRESS
+            | EptVpidCap::INVVPID_RETAIN_GLOBALS;
+        self
+    }
+
     /// A host that follows from a seed.
     pub fn random(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0xC0_4F16);
@@ -84,6 +100,46 @@ impl NestConfig {
         let moves = rng.one_in(4).then(|| (1 + rng.below(30), rng.next()));
         Self { frames, roots, vmcs_cache, leaves, kicks, moves, ..Self::default() }
     }
+}
+
+/// A processor that has all that L0 can't do without.
+fn processor(rng: &mut Rng) -> ModelCaps {
+    let mut caps = ModelCaps::default();
+    if rng.one_in(2) {
+        return caps;
+    }
+    for absent in [
+        EptVpidCap::ACCESSED_DIRTY,
+        EptVpidCap::EXECUTE_ONLY,
+        EptVpidCap::PAGE_1G,
+        EptVpidCap::MEMORY_TYPE_UC,
+        EptVpidCap::INVVPID_ADDRESS,
+        EptVpidCap::INVVPID_RETAIN_GLOBALS,
+    ] {
+        caps.ept_vpid.set(absent, !rng.one_in(3));
+    }
+    caps.ept_vpid.set(EptVpidCap::ADVANCED_EXIT_INFO, rng.one_in(4));
+    for absent in [
+        ProcCtls2::VM_FUNCTIONS,
+        ProcCtls2::EPT_VIOLATION_VE,
+        ProcCtls2::XSAVES,
+        ProcCtls2::WBINVD_EXITING,
+    ] {
+        if rng.one_in(4) {
+            caps.proc2.may_be_1 &= !absent.bits();
+        }
+    }
+    if !caps.has_proc2(ProcCtls2::VM_FUNCTIONS) {
+        caps.vm_functions = VmFuncCtls::empty();
+    }
+    caps.misc = caps
+        .misc
+        .with_stores_lma(rng.one_in(2))
+        .with_vmwrite_any(rng.one_in(2))
+        .with_zero_length_injection(rng.one_in(2))
+        .with_cr3_targets(rng.pick(&[0, 2, 4]));
+    caps.physical_width = rng.pick(&[36, 39, 40]);
+    caps
 }
 
 impl fmt::Display for NestConfig {

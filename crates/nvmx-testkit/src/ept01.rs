@@ -7,6 +7,7 @@
 use nvmx::host::L1Mapping;
 use vmx_defs::addr::PAGE_SIZE;
 use vmx_defs::ept::memory_type;
+use vmx_defs::msr::EptVpidCap;
 use vmx_defs::{EptPermissions, Eptp, Hpa, L1Gpa};
 use vmx_model::retention::Rng;
 use vmx_model::{Memory, layout};
@@ -42,11 +43,23 @@ impl Ept01 {
     pub(crate) fn new(memory: &mut Memory, config: &NestConfig, width: u8) -> Self {
         let mut ept = Self { root: frames::EPT01, width, next: frames::EPT01 + PAGE_SIZE };
         let gigabytes = 1_u64 << (width - 30);
+        let has_1g_pages = config.hardware.ept_vpid.contains(EptVpidCap::PAGE_1G);
         for number in 0..gigabytes {
             // L1's last gigabyte has no place behind the others.
             let here = number * PAGE_1G + frames::L1_RAM;
             let to = if number + 1 < gigabytes { here } else { frames::NOWHERE };
-            ept.map(memory, number * PAGE_1G, 3, to | ALL | WB);
+            if has_1g_pages {
+                ept.map(memory, number * PAGE_1G, 3, to | ALL | WB);
+            } else if number < 2 {
+                for part in (0..PAGE_1G).step_by(PAGE_2M as usize) {
+                    ept.map(memory, number * PAGE_1G + part, 2, (to + part) | ALL | WB);
+                }
+            } else {
+                // Nothing is there, as in the second: one directory for all.
+                let second = ept.entry(memory, PAGE_1G, 3);
+                let at = ept.entry(memory, number * PAGE_1G, 3);
+                memory.write_u64(at, memory.read_u64(second));
+            }
         }
         ept.map_ram(memory, config.leaves);
         for page in &config.hidden {
@@ -89,6 +102,14 @@ impl Ept01 {
 
     /// Puts a leaf of `level` there, in place of a part of a larger one or of smaller ones.
     fn map(&mut self, memory: &mut Memory, gpa: u64, level: u32, leaf: u64) {
+        let at = self.entry(memory, gpa, level);
+        let large = if level > 1 { LARGE } else { 0 };
+        memory.write_u64(at, leaf | large);
+    }
+
+    /// The place of an entry of `level`. Tables above it are made where there are none, and larger
+    /// pages split.
+    fn entry(&mut self, memory: &mut Memory, gpa: u64, level: u32) -> Hpa {
         let mut table = self.root;
         for above in (level + 1..=4).rev() {
             let at = Hpa::new(table + (gpa >> shift(above) & 511) * 8);
@@ -103,8 +124,7 @@ impl Ept01 {
                 memory.write_u64(at, table | ALL);
             }
         }
-        let large = if level > 1 { LARGE } else { 0 };
-        memory.write_u64(Hpa::new(table + (gpa >> shift(level) & 511) * 8), leaf | large);
+        Hpa::new(table + (gpa >> shift(level) & 511) * 8)
     }
 
     /// Maps a page of L1 there from now on.
@@ -212,6 +232,21 @@ mod tests {
             let last = frames::L1_RAM + ((layout::PAGES as u64 - 1) << 12);
             assert_eq!(pages.last(), Some(&last));
         }
+    }
+
+    #[test]
+    fn without_gigabyte_pages_it_leads_to_the_same_places() {
+        let mut config = NestConfig::default();
+        config.hardware.ept_vpid.remove(EptVpidCap::PAGE_1G);
+        let ((memory, with), (other, without)) = (built(&NestConfig::default()), built(&config));
+        for gpa in [0, 0x12_3456, 0x3fff_ffff, 0x4000_0000, 0x7fff_f000] {
+            let gpa = L1Gpa::new(gpa);
+            let mapping = without.translate(&other, gpa);
+            assert_eq!(mapping.hpa, with.translate(&memory, gpa).hpa);
+            assert_eq!(mapping.size_shift, 21);
+        }
+        let far = without.translate(&other, L1Gpa::new((1 << 40) - 8));
+        assert!(far.hpa.as_u64() > frames::NOWHERE);
     }
 
     #[test]

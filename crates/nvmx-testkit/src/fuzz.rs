@@ -44,7 +44,10 @@ impl Case {
             4..=6 => Retention::Random(rng.next()),
             _ => Retention::Nothing,
         };
-        let config = NestConfig::random(rng.next());
+        let mut config = NestConfig::varied(rng.next());
+        if invalidation == Invalidation::Sufficient {
+            config = config.invalidating();
+        }
         Self { seed, profile, retention, config }
     }
 }

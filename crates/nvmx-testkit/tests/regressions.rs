@@ -6,9 +6,11 @@
 use nvmx_testkit::{Case, Leaves, NestConfig};
 use vmx_defs::Field;
 use vmx_defs::event::vector;
+use vmx_defs::msr::EptVpidCap;
 use vmx_model::generate::{Invalidation, Profile};
 use vmx_model::program::VmSetup;
-use vmx_model::{Action, Operation, Program, Retention, Setup, Step};
+
+use vmx_model::{Action, Operation, Program, Retention, Setup, Step, layout};
 
 /// A load of 8 bytes by the guest.
 const fn load(at: u64) -> Action {
@@ -103,5 +105,19 @@ fn an_entry_that_has_to_wait_for_frames_is_tried_again() {
         let config = NestConfig { leaves, ..NestConfig::scarce() };
         let case = Case { seed: 0, profile, retention: Retention::Everything, config };
         assert!(case.try_program(&program).is_ok());
+    }
+}
+
+#[test]
+fn advanced_information_of_the_processor_is_not_told_to_l1() {
+    let mut config = NestConfig::default();
+    config.hardware.ept_vpid |= EptVpidCap::ADVANCED_EXIT_INFO;
+    let entry = layout::ept_table(0, 1) + 8 * 0x25;
+    let actions = [Action::Write { at: entry, value: 0 }, load(0x2_5000)];
+    let program = program(Setup::default(), &actions);
+    let profile = Profile { invalidation: Invalidation::Sufficient, ..Profile::default() };
+    let case = Case { seed: 0, profile, retention: Retention::Nothing, config };
+    if let Err(failure) = case.try_program(&program) {
+        panic!("{failure:#x?}");
     }
 }

@@ -98,6 +98,20 @@ fn registers_events_and_instructions_are_those_of_the_bare_machine() {
 }
 
 #[test]
+fn on_processors_of_every_kind() {
+    for invalidation in EXACT {
+        let profile =
+            Profile { invalidation, processors: 2, wild: true, rarer: true, ..Profile::default() };
+        let sufficient = invalidation == Invalidation::Sufficient;
+        let config = |seed| {
+            let config = NestConfig::varied(seed);
+            if sufficient { config.invalidating() } else { config }
+        };
+        hold(cases(6000..6400, profile, config));
+    }
+}
+
+#[test]
 fn the_cases_of_the_fuzzer() {
     hold((0..1500).map(Case::of_seed));
 }

@@ -173,6 +173,11 @@ impl Nested {
                 Ok(Handled::Enter)
             }
             Resolution::Violation(told) => {
+                // L1 is not offered advanced information for EPT violations.
+                let told = told
+                    .with_user_linear(false)
+                    .with_linear_writable(false)
+                    .with_linear_execute_disabled(false);
                 let info = ExitInfo::instead(ExitReason::EPT_VIOLATION, told.into_bits());
                 self.reflect(processor, host, Some(info))
             }

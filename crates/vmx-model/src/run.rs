@@ -352,8 +352,9 @@ impl<P: Platform> Session<'_, P> {
                 && (reason == ExitReason::TRIPLE_FAULT || is_double_fault(&fields))
             {
                 // What shutdown would leave in RF is no one's to say, nor whether the image of a
-                // double fault has what the first fault would have pushed.
+                // double fault has what the first fault would have pushed. The guest goes on without.
                 value &= !rflags::RF;
+                self.write_field(processor, field, value);
             }
             fields.push((field, value));
             self.dependent(processor, field, value, &mut fields);
