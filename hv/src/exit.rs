@@ -12,7 +12,7 @@ use nvmx::regs::{RAX, RBX, RCX, RDX};
 use vmx_defs::ept::EptViolation;
 use vmx_defs::event::{Interruptibility, IntrInfo, kind, vector};
 use vmx_defs::exit::CrAccess;
-use vmx_defs::{EptPermissions, ExitReason, Field, L1Gpa, ProcCtls2};
+use vmx_defs::{EptPermissions, ExitReason, Field, L1Gpa, PinCtls, ProcCtls, ProcCtls2};
 
 use crate::apic::{self, LocalApic, PageWrite};
 use crate::console::fail;
@@ -77,8 +77,11 @@ impl Vcpu {
             let nested = &self.host.machine.nested;
             nested.lock().catch_up(&mut self.engine, &mut self.host)?;
         }
+        if self.engine.runs_l2() && self.processor.owes_nmi() {
+            self.pass_owed_nmi_on(gprs)?;
+        }
         if self.engine.runs_l2() {
-            // INIT and NMIs for L1 wait until it runs again, which its own interrupts bring about.
+            // INIT for L1 waits until it runs again, which its own interrupts bring about.
             self.processor.set_launch(self.engine.needs_launch());
             return Ok(());
         }
@@ -204,7 +207,11 @@ impl Vcpu {
                 self.task_switch()?;
                 Next::Same
             }
-            ExitReason::NMI_WINDOW | ExitReason::PREEMPTION_TIMER => Next::Same,
+            ExitReason::NMI_WINDOW => {
+                self.want_nmi_window(false)?;
+                Next::Same
+            }
+            ExitReason::PREEMPTION_TIMER => Next::Same,
             ExitReason::TRIPLE_FAULT => self.end(reason, "L1 shut down by a triple fault"),
             ExitReason::INIT_SIGNAL => self.end(reason, "L1 was reset by INIT"),
             _ => return self.vmx_instruction(gprs, reason),
@@ -370,6 +377,27 @@ impl Vcpu {
         let own = self.processor.index as usize;
         let followed = self.host.machine.ept01.lock().follow_mtrrs(self.shootdown, own);
         self.host.memory_types_changed = !followed;
+    }
+
+    /// An NMI that came while L0 ran for L2 is L1's or L2's, as L1 has it. What can't be done now is
+    /// tried at the next exit.
+    fn pass_owed_nmi_on(&mut self, gprs: &mut Gprs) -> HostResult {
+        let machine = self.host.machine;
+        let handled = machine.nested.lock().nmi(&mut self.engine, &mut self.host)?;
+        let Some(handled) = handled else { return Ok(()) };
+        self.processor.forget_owed_nmi();
+        self.conclude(handled, gprs)
+    }
+
+    /// Has L1 exit as soon as it can be given an NMI, or not. Only virtual NMIs have such a window.
+    fn want_nmi_window(&mut self, wanted: bool) -> HostResult {
+        let pin = PinCtls::from_bits_retain(self.host.vmread(Field::PIN_CTLS)? as u32);
+        if !pin.contains(PinCtls::VIRTUAL_NMIS) {
+            return Ok(());
+        }
+        let mut proc = ProcCtls::from_bits_retain(self.host.vmread(Field::PROC_CTLS)? as u32);
+        proc.set(ProcCtls::NMI_WINDOW_EXITING, wanted);
+        self.host.vmwrite(Field::PROC_CTLS, u64::from(proc.bits()))
     }
 
     /// An NMI that came while L0 ran was L1's.

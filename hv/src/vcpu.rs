@@ -361,8 +361,13 @@ fn set_up(
 
     let hardware = &host.machine.hardware;
     let adjust = |register, wanted| Allowed::from_msr(hardware.msr(register)).adjust(wanted);
-    // With several processors an NMI may be one of ours.
-    let pin = if host.machine.is_smp { PinCtls::NMI_EXITING } else { PinCtls::empty() };
+    // With several processors an NMI may be one of ours. What L1 blocks are then virtual ones: else
+    // its IRET would not end the blocking.
+    let pin = if host.machine.is_smp {
+        PinCtls::NMI_EXITING | PinCtls::VIRTUAL_NMIS
+    } else {
+        PinCtls::empty()
+    };
     let pin = adjust(number::VMX_TRUE_PINBASED_CTLS, pin.bits());
     let proc = adjust(
         number::VMX_TRUE_PROCBASED_CTLS,

@@ -79,6 +79,11 @@ impl ExitInfo {
         Self { in_delivery: false, ..Self::instead(ExitReason::TRIPLE_FAULT, 0) }
     }
 
+    /// An exit due to an event that the processor did not report as one of L2's.
+    pub(crate) fn event(reason: ExitReason, interruption: IntrInfo) -> Self {
+        Self { interruption, in_delivery: false, ..Self::instead(reason, 0) }
+    }
+
     /// An exit due to an exception that L0 raised in L2.
     fn exception(exception: Exception) -> Self {
         let interruption = IntrInfo::exception(exception.vector, exception.error_code.is_some());

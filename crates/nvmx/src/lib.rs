@@ -26,6 +26,7 @@ pub mod inject;
 pub mod insn;
 mod msr_area;
 mod msr_bitmap;
+mod nmi;
 pub mod paging;
 pub mod regs;
 pub mod shootdown;
