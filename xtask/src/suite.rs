@@ -417,6 +417,16 @@ impl Tests<'_> {
             println!("{cpus} processors, {place:?}: {}", report.counts());
             counts = counts.plus(report.counts());
         }
+        Ok(counts.plus(self.tracked_local_apic()?))
+    }
+
+    /// With several processors L2's writes to the local APIC's page exit to L0, which carries them
+    /// out: the cases in which L2 sends itself an NMI.
+    fn tracked_local_apic(&self) -> Result<Counts> {
+        let report = self.l2s(Place::Nvmx, 2, "only=behaviour.nmi")?;
+        let counts = report.counts();
+        ensure!(counts.passed >= 3, "L2 and the local APIC: {counts}");
+        println!("L2 and the local APIC, 2 processors: {counts}");
         Ok(counts)
     }
 
@@ -426,20 +436,23 @@ impl Tests<'_> {
         let machines =
             [(Place::Native, 2, "smp."), (Place::Nvmx, 2, "smp."), (Place::Nvmx, 4, "smp.invept.")];
         let reports = thread::scope(|scope| {
-            let runs = machines
-                .map(|(place, cpus, only)| scope.spawn(move || self.l2s(place, cpus, only)));
+            let runs = machines.map(|(place, cpus, only)| {
+                scope.spawn(move || self.l2s(place, cpus, &format!("cpus={cpus} only={only}")))
+            });
             runs.map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         });
         let mut counts = Counts::default();
         for ((place, cpus, _), report) in machines.into_iter().zip(reports) {
             let report = report.with_context(|| format!("{cpus} processors, {place:?}"))?;
+            let passed = report.counts().passed;
+            ensure!(passed >= SHARED_CASES, "only {passed} cases, not {SHARED_CASES}");
             println!("{cpus} processors, {place:?}: {}", report.counts());
             counts = counts.plus(report.counts());
         }
         Ok(counts)
     }
 
-    fn l2s(&self, place: Place, cpus: u32, only: &str) -> Result<Report> {
+    fn l2s(&self, place: Place, cpus: u32, cmdline: &str) -> Result<Report> {
         let run = Run {
             name: &match place {
                 Place::Native => format!("l2s-native-{cpus}"),
@@ -448,7 +461,7 @@ impl Tests<'_> {
             boot: Boot {
                 l0: (place == Place::Nvmx).then(|| self.l0("vmfunc=emulated")),
                 l1: Some(self.workspace.image(images::CONFORMANCE)),
-                cmdline: format!("cpus={cpus} only={only}"),
+                cmdline: cmdline.to_owned(),
                 modules: Vec::new(),
             },
             machine: Machine { cpus, ..Machine::default() },
@@ -463,10 +476,7 @@ impl Tests<'_> {
             none(&failures.collect::<Vec<_>>())?;
         }
         outcome.into_result()?;
-        let report = report.map_err(anyhow::Error::msg)?;
-        let passed = report.counts().passed;
-        ensure!(passed >= SHARED_CASES, "only {passed} cases, not {SHARED_CASES}");
-        Ok(report)
+        report.map_err(anyhow::Error::msg)
     }
 
     /// Images that can't be booted are refused in words, and the machine ends as failed.
