@@ -7,9 +7,9 @@ use vmx_defs::Field;
 use vmx_defs::event::IntrInfo;
 
 use super::{Changed, Generator, load};
-use crate::layout::{self, DATA, DATA_PAGES, EPT_LEAF, VIEWS};
+use crate::layout::{self, DATA, DATA_PAGES, EPT_LEAF, VIEWS, guest};
 use crate::operation::Operation;
-use crate::program::Action;
+use crate::program::{Action, GuestMode};
 
 /// The event types of VM-entry interruption information.
 mod kind {
@@ -22,11 +22,14 @@ mod kind {
 impl Generator<'_> {
     /// One of the stories.
     pub(super) fn story(&mut self, processor: usize) {
+        let mode = self.vm(processor).mode;
         match self.rng.below(5) {
+            0 | 1 if mode == GuestMode::Pae => self.pdptes(processor),
             0 => self.disabled_function(processor),
             1 => self.injection(processor),
-            // Where the page is left as it is, stale mappings are used.
-            2 | 3 if !self.is_exact() => self.denied_page(processor),
+            // Whether the guest's own tables lead to the page, no one knows: if they do not, stale
+            // mappings are used.
+            2 | 3 if !self.is_exact() || mode == GuestMode::Unpaged => self.denied_page(processor),
             _ => self.shared_table(processor),
         }
     }
@@ -43,6 +46,32 @@ impl Generator<'_> {
         let at = self.address();
         self.push(processor, Action::Guest(load(at)));
         self.push(processor, Action::SetField(Field::VM_FUNCTION_CONTROLS, 1));
+    }
+
+    /// The PDPTEs that the guest uses are those of its registers, or of its memory.
+    fn pdptes(&mut self, processor: usize) {
+        let [first, second] = [0, 1].map(|number| layout::guest_cr3(GuestMode::Pae)[number]);
+        let at = self.address();
+        if self.vm(processor).view.is_some() {
+            // They are loaded by neither a switch nor a VM entry.
+            let table = layout::guest_structure(guest::PAE);
+            let pdpte = (guest::PAE + 1) << 12 | 1;
+            self.push(processor, Action::Guest(load(at)));
+            self.push(processor, Action::Write { at: table, value: 0 });
+            let rcx = self.list_index();
+            self.push(processor, Action::Guest(Operation::Vmfunc { rax: 0, rcx }));
+            self.push(processor, Action::Guest(load(at)));
+            self.push(processor, Action::Write { at: table, value: pdpte });
+        } else {
+            // A VM entry loads them from where CR3 points to.
+            for value in [second, first] {
+                let operation = Operation::MovToCr { register: 3, value };
+                self.push(processor, Action::Guest(operation));
+                self.after_change(processor, Changed::Guest);
+                self.push(processor, Action::Leave);
+                self.push(processor, Action::Guest(load(at)));
+            }
+        }
     }
 
     /// L1 injects an event, perhaps into a view that its guest has never used.
@@ -131,7 +160,8 @@ impl Generator<'_> {
         self.push(processor, Action::Write { at, value: frame | EPT_LEAF & !2 | 3 << 8 });
         self.push(processor, Action::Invept { kind: 2, eptp: 0 });
         self.push(processor, read);
-        let sibling = self.rng.one_in(2);
+        // What was cached without accessed flags is used with them, too.
+        let sibling = (flags || !self.is_exact()) && self.rng.one_in(2);
         if sibling {
             enter(self, !flags);
             self.push(processor, read);
@@ -146,5 +176,9 @@ impl Generator<'_> {
             enter(self, flags);
         }
         self.push(processor, read);
+        if self.is_exact() {
+            enter(self, flags);
+            self.after_change(processor, Changed::Ept);
+        }
     }
 }
