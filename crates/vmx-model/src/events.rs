@@ -118,6 +118,11 @@ impl Processor {
                 }
             }
         }
+        if self.regs.cr0 & cr0::PE == 0 {
+            // There are none in real-address mode, neither on the stack nor in a VMCS (SDM Vol. 3C,
+            // "Information for VM Exits Due to Vectored Events").
+            exception.error_code = None;
+        }
         if self.exits_on(exception.vector, exception.error_code.unwrap_or(0)) {
             let address = exception.address.map_or(0, |address| address.as_u64());
             let info = ExitInfo::qualified(ExitReason::EXCEPTION_OR_NMI, address);

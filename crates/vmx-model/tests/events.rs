@@ -361,5 +361,17 @@ fn real_mode_pushes_three_words() {
         assert_eq!(session.fault_of(Operation::Ud2).vector, 6);
         assert_eq!(session.word(STACK + 0x5f8) >> 16, 0x2_1e00_0040);
         assert_eq!(session.platform().processors[0].regs.gprs[gpr::RSP], 0x600);
+        // No event has an error code: what is delivered, what exits, and what an exit interrupts.
+        let protected = Operation::Rdmsr(0x1234);
+        let fault = session.fault_of(protected);
+        assert_eq!((fault.vector, fault.error_code), (13, None));
+        session.act(Action::SetField(Field::EXCEPTION_BITMAP, 1 << 13));
+        assert_eq!(session.exit_of(protected), ExitReason::EXCEPTION_OR_NMI);
+        assert_eq!(session.field(Field::EXIT_INTR_INFO), 1 << 31 | 3 << 8 | 13);
+        session.act(Action::SetField(Field::EXCEPTION_BITMAP, 0));
+        session.act(Action::Write { at: leaf(0, 0x1e), value: 0 });
+        session.act(Action::Invept { kind: 2, eptp: 0 });
+        assert_eq!(session.exit_of(protected), ExitReason::EPT_VIOLATION);
+        assert_eq!(session.field(Field::IDT_VECTORING_INFO), 1 << 31 | 3 << 8 | 13);
     });
 }
