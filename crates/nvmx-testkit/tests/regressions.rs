@@ -8,7 +8,7 @@ use vmx_defs::Field;
 use vmx_defs::event::vector;
 use vmx_defs::msr::EptVpidCap;
 use vmx_model::generate::{Invalidation, Profile};
-use vmx_model::program::VmSetup;
+use vmx_model::program::{GuestMode, VmSetup};
 
 use vmx_model::{Action, Operation, Program, Retention, Setup, Step, layout};
 
@@ -119,5 +119,23 @@ fn advanced_information_of_the_processor_is_not_told_to_l1() {
     let case = Case { seed: 0, profile, retention: Retention::Nothing, config };
     if let Err(failure) = case.try_program(&program) {
         panic!("{failure:#x?}");
+    }
+}
+
+#[test]
+fn a_fault_in_real_mode_has_no_error_code_when_it_is_delivered_again_or_exits() {
+    const PROTECTED: u64 = 1;
+    for exceptions in [0, 1 << vector::GP] {
+        let mode = GuestMode::Unpaged;
+        let guest = VmSetup { mode, exceptions, vpid: 0, view: Some(3), ..VmSetup::default() };
+        let setup = Setup { vms: [guest, VmSetup::default()], ..Setup::default() };
+        let real = Operation::MovToCr { register: 0, value: 0x6001_003a & !PROTECTED };
+        // A value with reserved bits, of a register that L0 keeps to itself, and of one that it does
+        // not.
+        for index in [0xc000_0080, 0x1234] {
+            let wrong = Operation::Wrmsr { index, value: 0x4_a86a };
+            let actions = [real, wrong, wrong].map(Action::Guest);
+            holds(Invalidation::Sufficient, &program(setup.clone(), &actions));
+        }
     }
 }

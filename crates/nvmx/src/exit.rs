@@ -12,7 +12,7 @@ use crate::ept::{Resolution, wanted};
 use crate::host::{Host, HostError, HostResult, MsrFault};
 use crate::inject::{self, Exception, Outcome};
 use crate::insn::{is_64_bit, register};
-use crate::paging::{CR0_PG, CR4_PAE, EFER_LMA};
+use crate::paging::{CR0_PE, CR0_PG, CR4_PAE, EFER_LMA};
 use crate::regs::{Gprs, RAX, RCX, RDX};
 use crate::vmcs12::Vmcs12;
 use crate::{msr_area, msr_bitmap};
@@ -257,6 +257,11 @@ impl Nested {
                 if vmcs.get(Field::EXCEPTION_BITMAP) >> (exception.vector & 31) & 1 != 0 =>
             {
                 inject::set_resume_flag(host, exception)?;
+                // Real-address mode has no error codes (SDM Vol. 3C, "Information for VM Exits Due
+                // to Vectored Events").
+                let protected = host.vmread(Field::GUEST_CR0)? & CR0_PE != 0;
+                let error_code = exception.error_code.filter(|_| protected);
+                let exception = Exception { error_code, ..exception };
                 self.reflect(processor, host, Some(ExitInfo::exception(exception)))
             }
             Outcome::Exception(_) => {
