@@ -130,7 +130,19 @@ impl Vcpu {
             gprs,
             reason,
         )?;
-        self.conclude(handled, gprs)
+        self.conclude(handled, gprs)?;
+        if self.host.machine.is_smp && !self.engine.runs_l2() && self.nmis_blocked()? {
+            // The processor blocks NMIs since L2 got one, or exited for it. L1's blocking is
+            // virtual, and its IRET ends that alone.
+            unblock_nmi();
+        }
+        Ok(())
+    }
+
+    /// Whether the guest whose VMCS is current has blocking by NMI.
+    fn nmis_blocked(&mut self) -> HostResult<bool> {
+        let state = self.host.vmread(Field::GUEST_INTERRUPTIBILITY)?;
+        Ok(state & u64::from(Interruptibility::NMI.bits()) != 0)
     }
 
     /// What the engine leaves to do.
@@ -352,6 +364,7 @@ impl Vcpu {
     fn reset(&mut self, gprs: &mut Gprs) -> HostResult {
         self.host.machine.nested.lock().reset_processor(&mut self.engine);
         self.processor.forget_owed_nmi();
+        self.want_nmi_window(false)?;
         self.set_reset_state(gprs)
     }
 
@@ -403,13 +416,17 @@ impl Vcpu {
     /// An NMI that came while L0 ran was L1's.
     fn pass_owed_nmi(&mut self) -> HostResult {
         let pending = IntrInfo::from(self.host.vmread(Field::ENTRY_INTR_INFO)? as u32);
-        let blocked = Interruptibility::from_bits_retain(
+        let state = Interruptibility::from_bits_retain(
             self.host.vmread(Field::GUEST_INTERRUPTIBILITY)? as u32,
-        )
-        .intersects(Interruptibility::NMI | Interruptibility::MOV_SS | Interruptibility::STI);
-        if pending.valid() || blocked {
-            // Not now: at the next exit.
-            return Ok(());
+        );
+        if pending.valid() || state.intersects(Interruptibility::NMI | Interruptibility::MOV_SS) {
+            // Not now: at the exit of the window, or at any other before it.
+            return self.want_nmi_window(true);
+        }
+        if state.contains(Interruptibility::STI) {
+            // A processor may take NMIs there, but VM entry may refuse to inject one.
+            let state = (state - Interruptibility::STI).bits();
+            self.host.vmwrite(Field::GUEST_INTERRUPTIBILITY, u64::from(state))?;
         }
         self.processor.forget_owed_nmi();
         let nmi = IntrInfo::new().with_vector(vector::NMI).with_kind(kind::NMI).with_valid(true);

@@ -83,4 +83,4 @@ pub const ALL: &[&[Case]] = &[
 ];
 
 /// Every case that needs more than one processor.
-pub const SEVERAL: &[&[Case]] = &[smp::CASES, smp::SHARED, smp::MOVES];
+pub const SEVERAL: &[&[Case]] = &[smp::CASES, smp::SHARED, smp::MOVES, smp::NMIS];

@@ -8,6 +8,7 @@
 //! times, and takes the old pages away as soon as nobody may see them.
 
 mod moves;
+mod nmis;
 mod runner;
 mod shared;
 
@@ -72,6 +73,8 @@ pub const CASES: &[Case] = &[
 pub const SHARED: &[Case] = shared::CASES;
 /// What goes from one processor to another.
 pub const MOVES: &[Case] = moves::CASES;
+/// What NMIs do.
+pub const NMIS: &[Case] = nmis::CASES;
 
 /// Changes in one case.
 const ROUNDS: u64 = 200;
