@@ -4,7 +4,7 @@
 use alloc::boxed::Box;
 use alloc::vec;
 use core::arch::asm;
-use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering, compiler_fence};
 
 use crate::trap;
 use crate::vcpu::Vcpu;
@@ -266,8 +266,10 @@ impl Processor {
 
     /// From here on a new NMI makes the exit path look again before a guest is entered.
     pub(crate) fn begin_looking(&self) {
-        // Only this processor's own NMI handler sets the flag: program order is enough.
+        // Only this processor's own NMI handler sets the flag: program order is enough, but the
+        // compiler has to keep to it. A look before the store would miss what an NMI between tells.
         self.attention.store(0, Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
     }
 
     /// Whether an NMI is owed to L1.
