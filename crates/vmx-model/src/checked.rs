@@ -349,9 +349,9 @@ const AHEAD: [u64; 4] = [1 << 8, 1 << 9, 3 << 8, 1 << 5];
 /// Executions that are tried of one operation, at most.
 const EXECUTIONS: usize = 4_000;
 
-/// Executions and walks that are tried of one program, at most. Few programs need a hundredth; some
-/// would need millions of times as many.
-const TRIALS: u64 = 400_000;
+/// Executions and walks that are tried of one program, at most, which takes seconds. Few programs
+/// need a tenth; some would need millions of times as many.
+const TRIALS: u64 = 60_000;
 
 impl<P: Platform> Checked<P> {
     /// Watches a platform that has memory of `pages` pages of zeros, and processors with these
