@@ -36,6 +36,7 @@ impl Case {
             wild: rng.one_in(4),
             ve: false,
             without_ept: rng.one_in(2),
+            accesses: rng.pick(&[2, 4, 16, 40]),
             rarer: rng.one_in(3),
             invalidation,
         };

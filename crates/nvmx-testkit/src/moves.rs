@@ -57,6 +57,7 @@ impl Nest {
             }
             for (page, place) in [(pages[0], places[1]), (pages[1], places[0])] {
                 let (nested, mut host) = nest.engine_and_host(0);
+                host.watch.exit();
                 nested.change_ept01(&mut host, page, 1, |host| {
                     host.ept01.move_page(&mut host.machine.memory, page, place);
                 });
@@ -73,6 +74,7 @@ impl Nest {
         let mut request = None;
         self.with_all_stopped(|nest| {
             let (nested, mut host) = nest.engine_and_host(0);
+            host.watch.exit();
             let tracked = nested.track(&mut host, page, HardwareWrites::Pass, |host| {
                 host.ept01.set_writable(&mut host.machine.memory, page, false);
                 Ok::<(), ()>(())

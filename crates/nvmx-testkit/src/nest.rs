@@ -477,6 +477,7 @@ impl Nest {
         processors[number].exit_to_hypervisor(memory);
         self.processors[number].engine.exited_to_host();
         self.exits += 1;
+        self.watch.exit();
     }
 
     /// A processor that L0 has stopped goes on.

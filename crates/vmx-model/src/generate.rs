@@ -30,6 +30,8 @@ pub struct Profile {
     pub ve: bool,
     /// Guests without EPT, too.
     pub without_ept: bool,
+    /// Accesses that follow each other, at most: 1 or more.
+    pub accesses: u64,
     /// What has little to do with translation, too: other registers and instructions, MSR areas.
     pub rarer: bool,
     /// What follows an edit of a table.
@@ -58,6 +60,7 @@ impl Default for Profile {
             wild: false,
             ve: true,
             without_ept: true,
+            accesses: 4,
             rarer: false,
             invalidation: Invalidation::Careless,
         }
@@ -155,7 +158,7 @@ impl Generator<'_> {
         }
         match self.rng.below(21) {
             0..=8 => {
-                for _ in 0..1 + self.rng.below(4) {
+                for _ in 0..1 + self.rng.below(self.profile.accesses) {
                     let operation = self.access();
                     self.push(processor, Action::Guest(operation));
                 }

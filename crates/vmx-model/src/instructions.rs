@@ -234,6 +234,10 @@ impl Processor {
     }
 
     fn set_privilege(&mut self, level: u8) {
+        if self.regs.cr0 & cr0::PE == 0 {
+            // Real-address mode has no levels.
+            return;
+        }
         for number in [segment::CS, segment::SS] {
             let register = &mut self.regs.segments[number];
             register.selector = register.selector & !3 | u16::from(level);
