@@ -139,3 +139,16 @@ fn a_fault_in_real_mode_has_no_error_code_when_it_is_delivered_again_or_exits() 
         }
     }
 }
+
+#[test]
+fn tables_beyond_ram_have_entries_of_ones() {
+    let program = program(
+        Setup::default(),
+        &[
+            Action::SetField(Field::HOST_CR3, 1 << 32),
+            load(0x2_1ffc),
+            Action::Write { at: 0x5_3118, value: 0xb_7033 },
+        ],
+    );
+    holds(Invalidation::Careless, &program);
+}

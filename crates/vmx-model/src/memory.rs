@@ -160,9 +160,9 @@ impl Memory {
         }
     }
 
-    /// The word of this index.
+    /// The word of this index; ones beyond RAM, where tables may lie, too.
     pub(crate) fn word(&self, index: usize) -> u64 {
-        self.words[index]
+        self.words.get(index).copied().unwrap_or(u64::MAX)
     }
 
     /// The values that the `size` bytes (4 or 8, aligned) had after `since`, the present one not
