@@ -152,3 +152,13 @@ fn tables_beyond_ram_have_entries_of_ones() {
     );
     holds(Invalidation::Careless, &program);
 }
+
+#[test]
+fn time_does_not_show_in_what_a_failed_vmread_leaves_alone() {
+    let actions = [
+        Action::Guest(Operation::Vmfunc { rax: 0, rcx: 5 }),
+        Action::L1(Operation::Rdtsc),
+        Action::L1(Operation::Vmread { encoding: 0x1_3ed9 }),
+    ];
+    holds(Invalidation::Everything, &program(Setup::default(), &actions));
+}

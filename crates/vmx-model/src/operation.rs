@@ -201,6 +201,9 @@ pub enum Operation {
 /// Memory operands are addressed by RBX and this displacement.
 pub(crate) const DISPLACEMENT: u64 = 8;
 
+/// What a VMREAD that fails leaves in its destination register, since that is not written.
+const UNREAD: u64 = 0x5a5a_0bad_f1e1_d5a5;
+
 impl Operation {
     /// The linear address of the memory operand of a VMX instruction or INVPCID.
     pub(crate) fn memory_operand(&self) -> Option<u64> {
@@ -254,9 +257,15 @@ impl Operation {
                 gprs[gpr::RAX] = rax;
                 gprs[gpr::RCX] = rcx;
             }
-            Self::Vmread { encoding }
-            | Self::VmreadMemory { encoding, .. }
-            | Self::VmwriteMemory { encoding, .. } => gprs[gpr::RCX] = encoding,
+            Self::Vmread { encoding } => {
+                gprs[gpr::RCX] = encoding;
+                // What it finds there if it fails: not what RDTSC may have left, which is no one's
+                // promise.
+                gprs[gpr::RAX] = UNREAD;
+            }
+            Self::VmreadMemory { encoding, .. } | Self::VmwriteMemory { encoding, .. } => {
+                gprs[gpr::RCX] = encoding;
+            }
             Self::Vmwrite { encoding, value } => {
                 gprs[gpr::RCX] = encoding;
                 gprs[gpr::RAX] = value;
